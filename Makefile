@@ -1,0 +1,63 @@
+# Everyone's five commands. `make setup` runs by itself where it is needed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+# Every pip, also those that build packages, keeps to the tested versions: otherwise a dependency
+# may replace the machine's torch by another build.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Ranks share the machine's cores; one thread each keeps them from fighting.
+export OMP_NUM_THREADS ?= 1
+
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-all lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install everything, once
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@python=; \
+	for candidate in python3.11 python3.12 python3; do \
+	  if $$candidate -c 'import sys; sys.exit((3, 11) > sys.version_info[:2] or sys.version_info[:2] > (3, 12))' 2>/dev/null; \
+	  then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "make setup: no Python 3.11 or 3.12 on PATH; install one (Debian 12: apt-get install python3 python3-venv)" >&2; exit 1; \
+	fi; \
+	if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "make setup: $$python has no venv module; install it (Debian: apt-get install python3-venv)" >&2; exit 1; \
+	fi; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: setup ## train and check a tiny model on this machine
+	$(BIN)/mvlm demo
+
+test: lint ## lint and the tests for every commit
+	$(PYTEST) -m "not slow"
+
+test-all: lint ## lint and every test
+	$(PYTEST)
+
+lint: setup ## check style, types and who imports whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the code in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

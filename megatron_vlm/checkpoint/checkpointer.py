@@ -1,0 +1,230 @@
+"""Saving and loading a run: model, optimizer, counters. The face of this room."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+import megatron_vlm
+from megatron_vlm.checkpoint import folder
+from megatron_vlm.checkpoint.optimizer_state import (
+    load_main_parameters,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from megatron_vlm.checkpoint.verify import verify_files, verify_index
+from megatron_vlm.checkpoint.writer import CheckpointWriter
+from megatron_vlm.config import RunConfig, dump_yaml
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.engine.trainable import Trainable
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all there is to know besides tensors."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    """Packed rows."""
+    consumed_documents: int = 0
+    """Source samples."""
+    consumed_tokens: int = 0
+    """Real tokens."""
+    optimizer_steps: int = 0
+    """Steps that were not skipped."""
+    skipped_iterations: int = 0
+    nan_iterations: int = 0
+
+
+class Checkpointer:
+    """Saves a run under `run_dir/checkpoints`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        settings = config.checkpoint
+        self.root = Path(config.run_dir) / "checkpoints"
+        self._config = config
+        self._writer = CheckpointWriter(
+            self.root, settings.async_save, settings.keep_last, settings.keep_every
+        )
+
+    def save(self, trainable: Trainable, progress: Progress) -> None:
+        """Write a checkpoint of `progress.iteration`; collective.
+
+        Raises:
+            CheckpointError: it could not be written; raised on every rank.
+        """
+        trainable.gather_parameters()
+        model_state = trainable.model.sharded_state_dict()
+        optimizer_state = optimizer_tensors(trainable, model_state, empty=False)
+        tensors = {**model_state, **optimizer_state}
+        state = {
+            "progress": asdict(progress),
+            "model": self._config.model.model_dump(mode="json"),
+            "precision": self._config.training.precision,
+            "has_optimizer": True,
+            "frozen": sorted(self._config.training.freeze),
+            "layout": asdict(trainable.model.topology.layout),
+            "versions": {
+                "megatron_vlm": megatron_vlm.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        self._writer.write(progress.iteration, tensors, state, dump_yaml(self._config))
+
+    def poll(self) -> None:
+        """Finish an asynchronous save that is done; collective."""
+        self._writer.poll()
+
+    def close(self) -> None:
+        """Finish what is under way."""
+        self._writer.close()
+
+
+def load_run(path: Path, trainable: Trainable, config: RunConfig, optimizer: bool) -> Progress:
+    """Load a checkpoint of any layout into a model being trained; collective.
+
+    Args:
+        path: a checkpoint, a `checkpoints/` folder or a run folder.
+        trainable: built for this run's layout.
+        config: this run.
+        optimizer: whether to take the optimizer's state and the counters too.
+
+    Returns:
+        Where the saved run stood; the start if `optimizer` is false.
+    """
+    found = _checked(path, config)
+    state = folder.read_state(found)
+    model_state = trainable.model.sharded_state_dict()
+    wanted: dict[str, Any] = dict(model_state)
+    if optimizer:
+        _check_optimizer(found, state, config)
+        wanted |= optimizer_tensors(trainable, model_state, empty=True)
+    loaded = _load_tensors(found, wanted)
+    _fill(model_state, loaded)
+    if not optimizer:
+        load_main_parameters(trainable)
+        return Progress()
+    progress = Progress(**state["progress"])
+    load_optimizer_tensors(trainable, model_state, loaded, progress.optimizer_steps)
+    return progress
+
+
+def load_model(path: Path, model: VisionLanguageModel, config: RunConfig) -> Progress:
+    """Load weights alone; returns where the saved run stood. Collective."""
+    found = _checked(path, config)
+    model_state = model.sharded_state_dict()
+    _fill(model_state, _load_tensors(found, dict(model_state)))
+    return Progress(**folder.read_state(found)["progress"])
+
+
+def _checked(path: Path, config: RunConfig) -> Path:
+    found = folder.find_checkpoint(path)
+    _check_model(found, folder.read_state(found), config)
+
+    def verify() -> None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        verify_files(found, rank, size, config.checkpoint.verify_on_load)
+        verify_index(found)
+
+    _agree(verify)
+    return found
+
+
+def _agree(check: Callable[[], None]) -> None:
+    """Run `check` on every rank; a failure on one is raised on all."""
+    failure: str | None = None
+    try:
+        check()
+    except CheckpointError as error:
+        failure = str(error)
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    first = next((text for text in failures if text is not None), None)
+    if first is not None:
+        raise CheckpointError(first)
+
+
+def _check_model(path: Path, state: dict[str, Any], config: RunConfig) -> None:
+    saved, wanted = state["model"], config.model.model_dump(mode="json")
+    for name in ("language", "vision", "adapter"):
+        difference = _first_difference(saved.get(name), wanted.get(name), name)
+        if difference is not None:
+            field, theirs, ours = difference
+            raise CheckpointError(
+                f"{path} is of another model: model.{field} is {theirs} there and {ours} here; "
+                "use the model it was trained with, or another checkpoint"
+            )
+
+
+# Fields that may change between runs of one model: they shape no tensor's meaning.
+_FREE_FIELDS = {
+    "min_pixels",
+    "max_pixels",
+    "init_method_std",
+    "moe_aux_loss_coeff",
+    "moe_router_bias_update_rate",
+    "moe_token_dispatcher_type",
+    "max_position_embeddings",
+}
+
+
+def _first_difference(saved: Any, wanted: Any, name: str) -> tuple[str, Any, Any] | None:
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in sorted(saved.keys() | wanted.keys()):
+            if key not in _FREE_FIELDS:
+                found = _first_difference(saved.get(key), wanted.get(key), f"{name}.{key}")
+                if found is not None:
+                    return found
+        return None
+    return None if saved == wanted else (name, saved, wanted)
+
+
+def _check_optimizer(path: Path, state: dict[str, Any], config: RunConfig) -> None:
+    half, was_half = (
+        precision not in ("fp64", "fp32")
+        for precision in (config.training.precision, state["precision"])
+    )
+    if half != was_half:
+        raise CheckpointError(
+            f"{path} was trained in training.precision {state['precision']}, this run is in "
+            f"{config.training.precision}; resume in that, or start from its weights with "
+            "checkpoint.load_optimizer=false"
+        )
+    if sorted(config.training.freeze) != state["frozen"]:
+        raise CheckpointError(
+            f"{path} was trained with training.freeze {state['frozen']}, this run has "
+            f"{sorted(config.training.freeze)}; start from its weights with "
+            "checkpoint.load_optimizer=false"
+        )
+
+
+def _load_tensors(path: Path, wanted: dict[str, Any]) -> dict[str, torch.Tensor]:
+    sharded, _, factories = load_preprocess(wanted)
+    tensors, _ = extract_matching_values(sharded, lambda value: isinstance(value, ShardedTensor))
+    try:
+        loaded = TorchDistLoadShardedStrategy().load(tensors, path)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: cannot be loaded ({type(error).__name__}: {error}); the checkpoint is "
+            "damaged or of another model"
+        ) from error
+    return apply_factory_merges(loaded, factories)
+
+
+@torch.no_grad()
+def _fill(model_state: dict[str, Any], loaded: dict[str, torch.Tensor]) -> None:
+    for name, entry in model_state.items():
+        if name in loaded and entry.data is not None:
+            entry.data.copy_(loaded[name])

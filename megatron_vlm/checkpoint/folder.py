@@ -1,0 +1,165 @@
+"""Checkpoints on disk: names, what counts as whole, the newest, which to keep.
+
+    checkpoints/
+        iter_0000100/                       whole: it was renamed into place after all was written
+        .incomplete-iter_0000200/           being written, or left by a crash; never read
+        latest_checkpointed_iteration.txt
+
+A checkpoint holds the engine's sharded files (`__0_0.distcp`, `.metadata`, `common.pt`,
+`metadata.json`), `state.json` (counters, model, versions), `config.yaml` (resolved), and
+`manifest.json` (size and SHA-256 of every other file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.errors import CheckpointError
+
+LATEST = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT_VERSION = 1
+_NAME = re.compile(r"iter_(\d{7,})$")
+_BLOCK = 1 << 22
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Folder name of an iteration: `iter_0000100`."""
+    return f"iter_{iteration:07d}"
+
+
+def incomplete_path(root: Path, iteration: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return root / f".incomplete-{checkpoint_name(iteration)}"
+
+
+def list_iterations(root: Path) -> list[int]:
+    """Iterations of the whole checkpoints under `root`, ascending."""
+    if not root.is_dir():
+        return []
+    found = [int(match[1]) for path in root.iterdir() if (match := _NAME.match(path.name))]
+    return sorted(i for i in found if (root / checkpoint_name(i) / MANIFEST).is_file())
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint from its own folder, a `checkpoints/` folder or a run folder (the newest).
+
+    Raises:
+        CheckpointError: there is none, or the newest named by the latest file is not there.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        iterations = list_iterations(root)
+        if iterations:
+            return root / checkpoint_name(_latest(root, iterations))
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path}: no such folder; expected a run or a checkpoint")
+    raise CheckpointError(
+        f"checkpoint {path}: holds no whole checkpoint (a folder iter_... with {MANIFEST})"
+    )
+
+
+def _latest(root: Path, iterations: list[int]) -> int:
+    note = root / LATEST
+    if not note.is_file():
+        return iterations[-1]
+    text = note.read_text().strip()
+    if not text.isdecimal() or int(text) not in iterations:
+        raise CheckpointError(
+            f"{note} names iteration {text!r}, but the whole checkpoints here are "
+            f"{', '.join(map(str, iterations))}; correct or remove that file"
+        )
+    return int(text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that a crash leaves the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def commit(root: Path, iteration: int) -> Path:
+    """Rename a fully written checkpoint into place and point the latest file at it."""
+    final = root / checkpoint_name(iteration)
+    if final.exists():
+        # The same iteration written again (a run that was set back): the newer one counts.
+        shutil.rmtree(final)
+    os.rename(incomplete_path(root, iteration), final)
+    _sync_folder(root)
+    write_atomically(root / LATEST, f"{iteration}\n")
+    return final
+
+
+def remove_old(root: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
+    """Remove all but the newest `keep_last` and multiples of `keep_every`; returns those removed."""
+    if keep_last is None:
+        return []
+    old = list_iterations(root)[:-keep_last]
+    removed = [i for i in old if not (keep_every and i % keep_every == 0)]
+    for iteration in removed:
+        doomed = root / checkpoint_name(iteration)
+        # Under its final name a half-removed folder would look whole.
+        hidden = incomplete_path(root, iteration)
+        os.rename(doomed, hidden)
+        shutil.rmtree(hidden)
+    return removed
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    value = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            value.update(block)
+    return value.hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Files of a checkpoint with their sizes and digests.
+
+    Raises:
+        CheckpointError: the manifest is damaged or of an unknown version.
+    """
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST}: format_version {manifest.get('format_version')!r}; this version "
+            f"of megatron-vlm reads {FORMAT_VERSION}"
+        )
+    return manifest["files"]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Counters, model and versions of a checkpoint."""
+    return _read_json(path / STATE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; the checkpoint is damaged, use another") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); the checkpoint is damaged, use another"
+        ) from None
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

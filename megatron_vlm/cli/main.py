@@ -1,0 +1,156 @@
+"""The door: finds the subcommand, imports it alone, and turns what it raises into an exit code.
+
+A subcommand is a module of this folder with `HELP: str` (its purpose in one line, then an
+example), `add_arguments(parser) -> None` and `run(args) -> int`. Nothing heavy may be imported at
+the top of such a module: its `--help` should answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from megatron_vlm import __version__
+from megatron_vlm.errors import UserError
+
+COMMANDS = {
+    "demo": "train and check a tiny model on this machine, from real pictures, in minutes",
+    "doctor": "show what this machine has and whether training can run on it",
+    "data": "build and inspect data sets",
+    "config": "print the resolved configuration of a recipe",
+    "plan": "predict memory and time of a recipe without a GPU",
+    "train": "train: the process that a launcher starts once for each device",
+    "launch": "start a training run on this machine or a cluster",
+    "generate": "answer questions about pictures from a checkpoint",
+}
+"""Every subcommand, in the order a newcomer meets them: the module's name and its purpose."""
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+"""As shells report a process that ended on SIGINT."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one `mvlm` command line (default: this process's) and return its exit code.
+
+    0: done. 1: failed. 2: the input was wrong. 130: interrupted. `argparse` leaves by SystemExit
+    (0 for --help and --version, 2 for a wrong command line).
+    """
+    own, command, rest = _split(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    # Subcommands nest, so --debug is taken out here rather than declared on every level.
+    debug = "--debug" in own or "--debug" in _before_separator(rest)
+    parser.parse_args(own)
+    if command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USER_ERROR
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {command!r}; {hint}")
+    try:
+        return _run(command, rest, debug)
+    except UserError as error:
+        _print_traceback(debug)
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"mvlm: error: {line}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        _print_traceback(debug)
+        print("mvlm: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has enough. Python would flush stdout once more on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        _print_traceback(debug)
+        advice = "" if debug else " (--debug shows the traceback)"
+        said = " ".join(str(error).split())
+        name = type(error).__name__
+        print(f"mvlm: {name}{': ' if said else ''}{said}{advice}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _run(command: str, rest: Sequence[str], debug: bool) -> int:
+    module = importlib.import_module(f"megatron_vlm.cli.{command}")
+    args = _parse(_subcommand_parser(command, module), _without_debug(rest))
+    args.debug = debug
+    code = int(module.run(args))
+    sys.stdout.flush()
+    return code
+
+
+def _subcommand_parser(command: str, module: ModuleType) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"mvlm {command}",
+        description=module.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse with options and positionals in any order where argparse can.
+
+    Plain argparse refuses `RECIPE --option key=value`: it settles the overrides, a list of any
+    length, at the first positional. Its intermixed mode in turn refuses nested subcommands and
+    remainders.
+    """
+    if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in parser._actions):
+        return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="mvlm",
+        usage="mvlm [-h] [--version] [--debug] COMMAND ...",
+        description="Train vision-language mixture-of-experts models.",
+        epilog=f"commands:\n{listing}\n\n`mvlm COMMAND --help` tells more, with an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mvlm {__version__}")
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="show the traceback of an error (before or after COMMAND)",
+    )
+    return parser
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
+    """What stands before the command, the command, what follows it."""
+    for place, word in enumerate(argv):
+        if not word.startswith("-"):
+            return list(argv[:place]), word, list(argv[place + 1 :])
+    return list(argv), None, []
+
+
+def _before_separator(words: Sequence[str]) -> list[str]:
+    """The words up to `--`; what follows belongs to another program."""
+    words = list(words)
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _without_debug(words: Sequence[str]) -> list[str]:
+    before = _before_separator(words)
+    return [word for word in before if word != "--debug"] + list(words[len(before) :])
+
+
+def _print_traceback(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()

@@ -1,0 +1,189 @@
+"""From a recipe and `key=value` overrides to a checked `RunConfig`, and back to YAML.
+
+A configuration is a pile of layers, each overlaid on the one before: the model's file (on the
+models it is based on), the recipe, the overrides in the order given. Interpolations are resolved
+once, on the finished pile, so that a recipe may refer to what an override changes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from megatron_vlm.config.messages import Layer, describe
+from megatron_vlm.config.schema import ModelConfig, RunConfig
+from megatron_vlm.config.shipped import find_models, find_recipes, locate
+from megatron_vlm.errors import ConfigError
+
+__all__ = ["dump_yaml", "find_models", "find_recipes", "load_model", "load_recipe"]
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a recipe and overrides describe.
+
+    `recipe` is the path of a YAML file or the name of a shipped recipe. Each override is
+    `dotted.key=value`, the value in YAML; `key=` means null. `model=NAME` (or `model=FILE`)
+    replaces the recipe's model and is applied before every `model.key=value`. Paths inside a file
+    are relative to that file, paths in overrides to the working directory. Raises ConfigError
+    with one line for each mistake.
+    """
+    path = locate("recipe", recipe, Path())
+    layer = _read(path)
+    changes = [_parse_override(text) for text in overrides]
+    models = [change for key, change in changes if key == "model"]
+    if models:
+        model, folder, label = models[-1].values["model"], Path(), models[-1].label
+        layer.values.pop("model", None)
+    else:
+        model, folder, label = layer.values.pop("model", {}), path.parent, layer.label
+    model_layers = [
+        Layer(item.label, {"model": item.values}) for item in _model_layers(model, folder, label)
+    ]
+    rest = [change for key, change in changes if key != "model"]
+    return _validate(RunConfig, [*model_layers, layer, *rest])
+
+
+def load_model(model: str | Path) -> ModelConfig:
+    """The model of a YAML file or of a shipped name. Raises ConfigError as `load_recipe` does."""
+    return _validate(ModelConfig, _model_layers(model, Path(), "the call"))
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The configuration as YAML with every default written out.
+
+    Given back to `load_recipe` (or `load_model`), it yields the very same object.
+    """
+    plain = _escape_interpolations(config.model_dump(mode="json"))
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def _read(path: Path) -> Layer:
+    """One YAML file, interpolations not yet resolved. An empty file is an empty mapping."""
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where} is not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path} as YAML: {_first_line(error)}") from error
+    plain = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} holds a {type(plain).__name__}; expected `key: value` lines")
+    return Layer(str(path), _text_keys(plain, str(path)))
+
+
+def _parse_override(text: str) -> tuple[str, Layer]:
+    """The key of one `key=value`, and the whole as a layer of its own."""
+    key, equals, _ = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(
+            f"override {text!r} is not of the form key=value "
+            "(for example training.train_iters=100, or model=NAME)"
+        )
+    label = f"override {text}"
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"cannot read the value of {label}: {reason}") from error
+    return key, Layer(label, _text_keys(cast("dict[Any, Any]", values), label))
+
+
+def _model_layers(
+    model: Any, folder: Path, label: str, above: tuple[Path, ...] = ()
+) -> list[Layer]:
+    """A `model:` entry as layers, the deepest base first.
+
+    `folder` is what paths are relative to, `label` names the entry in errors, `above` are the
+    files whose `base` led here.
+    """
+    if isinstance(model, dict):
+        own = dict(model)
+        if "base" not in own:
+            return [Layer(label, own)]
+        below = _model_layers(own.pop("base"), folder, label, above)
+        return [*below, Layer(label, own)]
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            f"model is {json.dumps(model)} ({label}); expected the name of a shipped model, "
+            f"a YAML file or a mapping; shipped models: {', '.join(find_models()) or 'none'}"
+        )
+    try:
+        path = locate("model", model, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({label})") from error
+    if path.resolve() in above:
+        raise ConfigError(f"model {path} is based on itself ({label}); remove one `base`")
+    layer = _read(path)
+    return _model_layers(layer.values, path.parent, layer.label, (*above, path.resolve()))
+
+
+def _validate(schema: type[Section], layers: Sequence[Layer]) -> Section:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _overlay(merged, layer.values)
+    try:
+        plain = OmegaConf.to_container(
+            OmegaConf.create(merged), resolve=True, throw_on_missing=True
+        )
+        text = json.dumps(plain)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ConfigError(f"{key} has no value yet (???); give it as {key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'a value'}: {_first_line(error)}") from error
+    except TypeError as error:
+        raise ConfigError(f"a value is not plain YAML: {_first_line(error)}") from error
+    try:
+        # Strict, so that `true` is no number and "8" no integer; as JSON, because strict Python
+        # input would also refuse a list where the schema has a tuple.
+        return schema.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe(error, schema, layers))) from error
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; anything else above replaces what is below."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(value, dict) and isinstance(under, dict):
+            value = _overlay(under, value)
+        merged[key] = value
+    return merged
+
+
+def _text_keys(values: dict[Any, Any], label: str) -> dict[str, Any]:
+    """The same mapping, having checked that every key on every level is text."""
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"key {key!r} in {label} is not text; put it in quotes")
+        if isinstance(value, dict):
+            _text_keys(value, label)
+    return values
+
+
+def _escape_interpolations(value: Any) -> Any:
+    """Text that holds a literal `${` survives a second loading only behind a backslash."""
+    if isinstance(value, dict):
+        return {key: _escape_interpolations(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escape_interpolations(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

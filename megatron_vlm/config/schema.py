@@ -1,0 +1,350 @@
+"""The typed schema of a run. Each field has its unit and its source, or the words "our choice".
+
+Names follow megatron-core where it has one. Nothing here touches torch: a resolved
+configuration can be read, checked and planned on any machine.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["fp64", "fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class VisionConfig(_Section):
+    """A NaViT encoder: packed pictures of any size, attention isolated per picture."""
+
+    num_layers: int = Field(gt=0)
+    """Transformer layers. dots.vlm1: 42 (dots.ocr's published config)."""
+    hidden_size: int = Field(gt=0)
+    """Width. dots.vlm1: 1536."""
+    num_attention_heads: int = Field(gt=0)
+    """Heads. dots.vlm1: 12, so 128 channels each."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Width of the SwiGLU feed-forward. dots.vlm1: 4224."""
+    patch_size: int = Field(14, gt=0)
+    """Pixels on a patch's side. dots.vlm1: 14."""
+    spatial_merge_size: int = Field(2, gt=0)
+    """Patches on a side merged into one language token. dots.vlm1: 2."""
+    in_channels: int = Field(3, gt=0)
+    """Colour channels of a picture."""
+    rotary_base: float = Field(10000.0, gt=0)
+    """Base of the 2-D rotary embedding, half of the channels per axis. dots.vlm1: 1e4."""
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    """Epsilon of the RMS norms. dots.vlm1: 1e-5."""
+    init_method_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights. dots.vlm1: 0.02."""
+    min_pixels: int = Field(3136, gt=0)
+    """Smaller pictures are enlarged to this many pixels. dots.ocr: 3136."""
+    max_pixels: int = Field(11289600, gt=0)
+    """Larger pictures are reduced to this many pixels. dots.ocr: 11289600."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of red, green and blue in [0, 1]. dots.ocr: CLIP's."""
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of red, green and blue. dots.ocr: CLIP's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if (self.hidden_size // self.num_attention_heads) % 4:
+            raise ValueError(
+                "hidden_size / num_attention_heads = "
+                f"{self.hidden_size // self.num_attention_heads} must be a multiple of 4 "
+                "(2-D rotary embedding: two axes of channel pairs)"
+            )
+        unit = (self.patch_size * self.spatial_merge_size) ** 2
+        if self.max_pixels < max(unit, self.min_pixels):
+            raise ValueError(
+                f"max_pixels {self.max_pixels} must be at least min_pixels {self.min_pixels} "
+                f"and one merged patch ({unit} pixels)"
+            )
+        return self
+
+
+class AdapterConfig(_Section):
+    """The MLP that turns 2x2 merged patches into language tokens (norm, linear, GELU, linear)."""
+
+    layernorm_epsilon: float = Field(1e-6, gt=0)
+    """Epsilon of the layer norm before merging. dots.vlm1: 1e-6."""
+    init_method_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights. dots.vlm1: 0.02."""
+
+
+class LanguageConfig(_Section):
+    """A decoder with every trait of dots.llm1; dense when `num_moe_experts` is null."""
+
+    num_layers: int = Field(gt=0)
+    """Transformer layers. dots.llm1: 62."""
+    hidden_size: int = Field(gt=0)
+    """Width. dots.llm1: 4096."""
+    num_attention_heads: int = Field(gt=0)
+    """Query heads. dots.llm1: 32."""
+    num_query_groups: int | None = Field(None, gt=0)
+    """Key/value heads; null means one per query head. dots.llm1: 32 (plain MHA)."""
+    kv_channels: int | None = Field(None, gt=0)
+    """Channels of a head; null means hidden_size / num_attention_heads. dots.llm1: 128."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Width of the SwiGLU feed-forward of dense layers. dots.llm1: 10944."""
+    vocab_size: int = Field(gt=0)
+    """Rows of the embedding. dots.llm1: 152064."""
+    max_position_embeddings: int = Field(32768, gt=0)
+    """Longest sample in tokens. dots.llm1: 32768."""
+    rotary_base: float = Field(1e7, gt=0)
+    """Base of the rotary embedding. dots.llm1: 1e7."""
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    """Epsilon of the RMS norms. dots.llm1: 1e-5."""
+    qk_layernorm: bool = True
+    """RMS norm of each head's query and key before the rotary embedding. dots.llm1: true."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the embedding and the output layer. dots.llm1: false."""
+    init_method_std: float = Field(0.006, gt=0)
+    """Standard deviation of the initial weights. dots.llm1: 0.006."""
+
+    num_moe_experts: int | None = Field(None, gt=1)
+    """Routed experts of a MoE layer; null builds a dense model. dots.llm1: 128."""
+    first_k_dense_replace: int = Field(1, ge=0)
+    """Leading layers that stay dense. dots.llm1: 1."""
+    moe_ffn_hidden_size: int | None = Field(None, gt=0)
+    """Width of one expert. dots.llm1: 1408."""
+    moe_router_topk: int = Field(2, gt=0)
+    """Experts chosen for each token. dots.llm1: 6."""
+    moe_shared_expert_intermediate_size: int | None = Field(None, gt=0)
+    """Width of all shared experts together. dots.llm1: 2 x 1408."""
+    moe_router_topk_scaling_factor: float = Field(1.0, gt=0)
+    """Factor on the normalised weights of the chosen experts. dots.llm1: 2.5."""
+    moe_router_bias_update_rate: float = Field(1e-3, ge=0)
+    """Step of the bias that balances experts. dots.llm1: unpublished; 1e-3 is DeepSeek-V3's."""
+    moe_aux_loss_coeff: float = Field(1e-4, ge=0)
+    """Weight of the sequence-wise balance loss. dots.llm1: unpublished; 1e-4 is DeepSeek-V3's."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach the experts of other ranks. Our choice."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LanguageConfig:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; set kv_channels or change one of them"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"kv_channels {self.head_dim} must be even (rotary embedding)")
+        if self.num_attention_heads % self.query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.query_groups}"
+            )
+        if self.num_moe_experts is not None:
+            if self.moe_ffn_hidden_size is None:
+                raise ValueError("moe_ffn_hidden_size is required when num_moe_experts is set")
+            if self.moe_router_topk > self.num_moe_experts:
+                raise ValueError(
+                    f"moe_router_topk {self.moe_router_topk} exceeds "
+                    f"num_moe_experts {self.num_moe_experts}"
+                )
+            if self.first_k_dense_replace >= self.num_layers:
+                raise ValueError(
+                    f"first_k_dense_replace {self.first_k_dense_replace} leaves none of the "
+                    f"{self.num_layers} layers for experts; set num_moe_experts to null instead"
+                )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def moe_layer_freq(self) -> list[int]:
+        """One entry a layer: 1 where it has experts, 0 where it is dense."""
+        if self.num_moe_experts is None:
+            return [0] * self.num_layers
+        dense = self.first_k_dense_replace
+        return [0] * dense + [1] * (self.num_layers - dense)
+
+
+class ModelConfig(_Section):
+    """The two towers and what joins them. `vision: null` trains the decoder on text alone."""
+
+    name: str = "unnamed"
+    """The model's name; written into checkpoints, which refuse to load into another shape."""
+    vision: VisionConfig | None = None
+    """The picture encoder, or null."""
+    adapter: AdapterConfig = AdapterConfig()
+    """The MLP between encoder and decoder."""
+    language: LanguageConfig
+    """The decoder."""
+
+
+class ParallelConfig(_Section):
+    """The language model's mesh. The vision mesh is data parallel over every rank, always."""
+
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    """Ranks that share each matrix."""
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    """Ranks that hold successive layers."""
+    virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1)
+    """Chunks of layers per pipeline rank (interleaved 1F1B); null for plain 1F1B."""
+    pipeline_model_parallel_layout: str | None = None
+    """Uneven stages, in megatron-core's notation: `Ett|ttt|tL` (E embedding, t layer, L loss)."""
+    context_parallel_size: int = Field(1, gt=0)
+    """Ranks that share each sequence (zig-zag within each sample)."""
+    expert_model_parallel_size: int = Field(1, gt=0)
+    """Ranks that share the experts."""
+    expert_tensor_parallel_size: int | None = Field(None, gt=0)
+    """Ranks that share each expert; null: the tensor size at EP1, else 1 (our choice)."""
+    sequence_parallel: bool | None = None
+    """Split activations along the sequence between TP regions; null: on where TP>1 and there are
+    experts (the engine cannot train experts under TP without it)."""
+    batch_p2p_comm: bool | None = None
+    """Send and receive between stages in one batch; null: on without virtual stages, else off."""
+    overlap_moe_expert_parallel_comm: bool = False
+    """Combined 1F1B: hide the expert all-to-all of one micro-batch behind another's compute."""
+
+
+class RecomputeConfig(_Section):
+    """What is computed again in the backward pass to save memory."""
+
+    language: Literal["none", "selective", "full"] = "none"
+    """The decoder: nothing, the modules named below, or whole layers."""
+    language_modules: list[Literal["core_attn", "moe_act", "mlp", "moe", "layernorm"]] = [
+        "core_attn"
+    ]
+    """The decoder's modules recomputed when `language` is `selective`."""
+    vision: Literal["none", "selective", "full"] = "none"
+    """The encoder: nothing, attention and activations, or whole layers."""
+
+
+class TrainingConfig(_Section):
+    """How long, how much at once, how precisely."""
+
+    train_iters: int = Field(gt=0)
+    """Optimizer steps of the whole run."""
+    seq_length: int = Field(gt=0)
+    """Tokens of one packed row."""
+    micro_batch_size: int = Field(1, gt=0)
+    """Packed rows of one forward pass."""
+    global_batch_size: int = Field(gt=0)
+    """Packed rows of one optimizer step, over all ranks."""
+    precision: Precision = "bf16"
+    """`fp64` is for proofs and needs the plain optimizer; `fp8_*` needs Transformer Engine."""
+    seed: int = Field(1234, ge=0)
+    """Decides the initial weights, the data order and every random draw."""
+    eval_interval: int | None = Field(None, gt=0)
+    """Steps between validations; null validates only at the end, if there is a held-out set."""
+    eval_rows: int | None = Field(None, gt=0)
+    """Packed rows of each held-out set used by one validation; null uses all of it."""
+    objective: str = "next_token"
+    """Name of the registered training objective."""
+    freeze: list[Literal["vision", "adapter", "language"]] = []
+    """Parts whose weights stay as they are."""
+    skip_non_finite_limit: int = Field(10, ge=0)
+    """Non-finite steps in a row that are skipped before the run stops with an error."""
+    log_interval: int = Field(1, gt=0)
+    """Steps between log lines; metrics are written every step."""
+
+
+class OptimizerConfig(_Section):
+    """AdamW, its schedule, and how its state is spread over ranks."""
+
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate. dots.llm1: 3e-4."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay. dots.llm1: 1e-5 after both anneals."""
+    lr_warmup_iters: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0. dots.llm1: 4000."""
+    lr_decay_style: Literal["constant", "cosine"] = "constant"
+    """Shape after the warm-up. dots.llm1: constant, then unpublished anneals."""
+    lr_decay_iters: int | None = Field(None, gt=0)
+    """Step at which the decay ends; null means training.train_iters."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay; norms and biases have none. dots.llm1: 0.1."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """First moment's decay. dots.llm1: 0.9."""
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Second moment's decay. dots.llm1: 0.95."""
+    adam_eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment. Our choice."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm over both towers; 0 does not clip. dots.llm1: 1.0."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs (distributed optimizer only)."""
+    bucket_size: int | None = Field(None, gt=0)
+    """Elements of one gradient bucket under overlap; null is the engine's own (40 million or more)."""
+
+
+class DataConfig(_Section):
+    """Where samples come from and how they are packed."""
+
+    train: str | None = None
+    """Folder of a built data set (`mvlm data build`)."""
+    validation: dict[str, str] = {}
+    """Held-out sets by name: each a folder of a built data set."""
+    pad_multiple: int = Field(16, gt=0)
+    """Every sample is padded to a multiple of this many tokens, in every layout alike."""
+    packing_window: int = Field(256, gt=0)
+    """Samples packed together; windows are independent of each other."""
+    shuffle: bool = True
+    """A new order each epoch, from training.seed."""
+    prefetch_steps: int = Field(2, ge=0)
+    """Steps fetched ahead by a background thread."""
+    skip_too_long: bool = False
+    """Leave out samples longer than training.seq_length instead of refusing to start."""
+
+
+class CheckpointConfig(_Section):
+    """When state is written and how much of it is kept."""
+
+    save_interval: int | None = Field(None, gt=0)
+    """Steps between checkpoints; null saves only at the end and on a signal."""
+    async_save: bool = False
+    """Write in the background while training goes on."""
+    keep_last: int | None = Field(None, gt=0)
+    """Newest checkpoints kept; null keeps all."""
+    keep_every: int | None = Field(None, gt=0)
+    """Checkpoints at multiples of this many steps are never removed."""
+    verify_on_load: bool = True
+    """Compare every file's SHA-256 with the manifest before loading (sizes always are)."""
+    load: str | None = None
+    """A checkpoint or run folder to start from when run_dir holds none."""
+    load_optimizer: bool = True
+    """With `load`: take the optimizer state and the data position too, else weights alone."""
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    run_dir: str = "runs/default"
+    """Folder of everything the run leaves behind; one that holds a checkpoint is resumed."""
+    model: ModelConfig
+    """The model: in a recipe, its name in configs/models/ or a mapping with `base: NAME`."""
+    training: TrainingConfig
+    """Length, batch, precision, seed."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The language model's mesh."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    """Activation recompute."""
+    data: DataConfig = DataConfig()
+    """Data sets and packing."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and loading."""

@@ -1,0 +1,1 @@
+"""The demo: real handwriting, photographs and print to learn from, and a sheet of its answers."""

@@ -1,0 +1,98 @@
+"""One micro-batch as this rank's part of the language model sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from megatron_vlm.engine.zigzag import gathered_order, local_tokens, positions
+from megatron_vlm.models.language.packing import PackedRows
+from megatron_vlm.topology.mesh import Topology
+
+if TYPE_CHECKING:
+    from megatron_vlm.data.collate import TextBatch
+    from megatron_vlm.data.plan import MicroBatchPlan
+
+
+@dataclass
+class MicroBatch:
+    """Tensors over this context-parallel rank's tokens, `[1, tokens / cp]` unless said otherwise.
+
+    `tokens`, `labels`, `loss_mask` are None on ranks that neither embed nor compute the loss.
+    `features` are the picture features this rank embeds, a leaf of the graph, at `feature_rows`
+    of the decoder's input. `extras` is the objective's own: what its earlier forwards found.
+    """
+
+    plan: MicroBatchPlan
+    rows: PackedRows
+    segment_ids: torch.Tensor
+    tokens: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    feature_rows: torch.Tensor | None = None
+    extras: dict[str, Any] | None = None
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the micro-batch, filler included."""
+        return len(self.plan.segment_lengths)
+
+
+def build_micro_batch(
+    plan: MicroBatchPlan,
+    text: TextBatch | None,
+    topology: Topology,
+    balance_weight: float,
+) -> MicroBatch:
+    """Cut a planned micro-batch to this rank's context-parallel part and move it to its device.
+
+    Args:
+        plan: the whole micro-batch of this rank's replica.
+        text: its tokens, where this rank needs them.
+        topology: this rank's place.
+        balance_weight: weight of one row's balance loss in this step.
+    """
+    layout, device = topology.layout, topology.device
+    cu_seqlens = plan.cu_seqlens
+    mine = local_tokens(cu_seqlens, layout.cp, topology.coordinates.cp)
+    segment_ids, row_ids, row_tokens = _token_maps(plan)
+    bounds = torch.from_numpy(cu_seqlens.astype(np.int32)).to(device)
+    rows = PackedRows(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=plan.max_seqlen,
+        max_seqlen_kv=plan.max_seqlen,
+        row_ids=torch.from_numpy(row_ids[mine]).to(device),
+        row_tokens=torch.from_numpy(row_tokens).to(device),
+        balance_weight=balance_weight,
+    )
+    if layout.cp > 1:
+        within = positions(cu_seqlens).astype(np.int64)
+        rows.query_positions = torch.from_numpy(within[mine]).to(device)
+        rows.key_positions = torch.from_numpy(within).to(device)
+        rows.key_order = torch.from_numpy(gathered_order(cu_seqlens, layout.cp)).to(device)
+        rows.cu_seqlens_local = bounds // layout.cp
+    batch = MicroBatch(plan, rows, torch.from_numpy(segment_ids[mine]).to(device))
+    if text is not None:
+        index = torch.from_numpy(mine)
+        batch.tokens = text.tokens[index].unsqueeze(0).to(device)
+        batch.labels = text.labels[index].unsqueeze(0).to(device)
+        batch.loss_mask = text.loss_mask[index].unsqueeze(0).to(device)
+    return batch
+
+
+def _token_maps(plan: MicroBatchPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per token: its segment; its row or -1 for padding; and per row: its real tokens."""
+    lengths = np.diff(plan.cu_seqlens)
+    total, rows = int(plan.cu_seqlens[-1]), len(plan.rows)
+    per_row = total // rows
+    segment_ids = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    real = positions(plan.cu_seqlens) < np.repeat(plan.segment_lengths, lengths)
+    row_ids = np.where(real, np.arange(total) // per_row, -1).astype(np.int64)
+    row_tokens = np.bincount(row_ids[real], minlength=rows).astype(np.int64)
+    return segment_ids, row_ids, row_tokens

@@ -1,0 +1,1 @@
+"""What is computed: the encoder, the adapter, the decoder, and the two joined."""

@@ -1,0 +1,34 @@
+"""What every layer needs to know about the packed rows of one micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """Segments and rows of a micro-batch, as this context-parallel rank sees them.
+
+    The engine hands this object from the model to every layer's attention. Tensors over tokens
+    have one entry for each token of this context-parallel rank, `[tokens / cp]`, in its order
+    (for each segment the two chunks of the zig-zag).
+    """
+
+    row_ids: torch.Tensor | None = None
+    """`[tokens / cp]` number of the packed row, -1 for padding."""
+    row_tokens: torch.Tensor | None = None
+    """`[rows]` real tokens of each row over all ranks."""
+    balance_weight: float = 0.0
+    """Weight of one row's balance loss: its coefficient over the rows of the step."""
+    query_positions: torch.Tensor | None = None
+    """`[tokens / cp]` position of each token inside its segment (context parallel only)."""
+    key_order: torch.Tensor | None = None
+    """`[tokens]` where each key, in segment order, lies among all ranks' gathered keys
+    (context parallel only)."""
+    key_positions: torch.Tensor | None = None
+    """`[tokens]` position of each key inside its segment (context parallel only)."""
+    cu_seqlens_local: torch.Tensor | None = None
+    """`[segments + 1]` bounds of the segments among this rank's tokens (context parallel only)."""

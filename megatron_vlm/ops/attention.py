@@ -1,0 +1,329 @@
+"""Attention over packed segments: no token sees another segment.
+
+On CUDA in half precision torch's variable-length attention does it. Everywhere else segments of
+similar length are padded into batches (`segments.py`); short ones go through plain matrix
+products, which on CPU are about twice as fast there as the fused kernel, long ones through
+`scaled_dot_product_attention`, which never holds the score matrix.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vlm.ops.segments import (
+    BucketPlan,
+    from_buckets,
+    lengths_from_cu_seqlens,
+    plan_buckets,
+    to_buckets,
+)
+
+_DENSE_SCORES = 128 * 128
+"""Largest score matrix of one head that the plain products make (measured on one CPU core)."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Softmax attention within each segment of a packed row.
+
+    Args:
+        q: [tokens, heads, head_dim], any floating type.
+        k: [tokens, kv_heads, head_dim]; `kv_heads` divides `heads`, and query head h reads
+            key head h * kv_heads // heads.
+        v: [tokens, kv_heads, value_dim].
+        cu_seqlens: integers [segments + 1], the bounds of the segments in tokens, from 0 to
+            `tokens`, on CPU or on q's device. Empty segments are allowed.
+        causal: whether a token sees only itself and those before it.
+        scale: factor on the scores; None means head_dim ** -0.5.
+        max_seqlen: length of the longest segment in tokens; saves a device synchronisation
+            on CUDA, unused elsewhere.
+
+    Returns:
+        [tokens, heads, value_dim] in q's type. On CPU half precision is computed in float32.
+
+    Raises:
+        ValueError: shapes or bounds do not fit each other.
+    """
+    _check_shapes(q, k, v)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k has {k.shape[0]} tokens and q has {q.shape[0]}; they must be equal")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _varlen_available(q) and q.shape[0]:
+        return _varlen(q, k, v, cu_seqlens, causal, scale, max_seqlen)
+    lengths = lengths_from_cu_seqlens(cu_seqlens, q.shape[0])
+    plan = plan_buckets(lengths, lengths, q.shape[1] * q.shape[2], q.device)
+
+    def kernel(bucket: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        padding = None if causal else plan.key_padding[bucket]
+        visible = None if padding is None else ~padding[:, None, :]
+        return _attend(q, k, v, scale, visible, causal)
+
+    return _attend_buckets(q, k, v, plan, kernel)
+
+
+def packed_attention_with_mask_lengths(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    q_positions: Tensor,
+    kv_positions: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention within each segment where queries and keys are different subsets.
+
+    For context parallelism: a rank holds part of each segment's queries, in any order, and all
+    of its keys, in any order. A query sees the keys of its segment whose position is not above
+    its own; one that sees no key gives zero. The mask is explicit, so that memory grows with
+    queries x keys of the longest segment.
+
+    Args:
+        q: [q_tokens, heads, head_dim].
+        k: [kv_tokens, kv_heads, head_dim].
+        v: [kv_tokens, kv_heads, value_dim].
+        cu_seqlens_q: integers [segments + 1], bounds of each segment's queries.
+        cu_seqlens_kv: integers [segments + 1], bounds of each segment's keys.
+        q_positions: int64 [q_tokens], each query's place within its segment.
+        kv_positions: int64 [kv_tokens], each key's place within its segment.
+        scale: factor on the scores; None means head_dim ** -0.5.
+
+    Returns:
+        [q_tokens, heads, value_dim] in q's type.
+
+    Raises:
+        ValueError: shapes or bounds do not fit each other.
+    """
+    _check_shapes(q, k, v)
+    if q_positions.shape != q.shape[:1] or kv_positions.shape != k.shape[:1]:
+        raise ValueError(
+            f"q_positions {list(q_positions.shape)} and kv_positions {list(kv_positions.shape)} "
+            f"must give one place for each of {q.shape[0]} queries and {k.shape[0]} keys"
+        )
+    q_lengths = lengths_from_cu_seqlens(cu_seqlens_q, q.shape[0])
+    kv_lengths = lengths_from_cu_seqlens(cu_seqlens_kv, k.shape[0])
+    if len(q_lengths) != len(kv_lengths):
+        raise ValueError(
+            f"cu_seqlens_q bounds {len(q_lengths)} segments and cu_seqlens_kv "
+            f"{len(kv_lengths)}; they must be the same segments"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    plan = plan_buckets(q_lengths, kv_lengths, q.shape[1] * q.shape[2], q.device)
+    q_places = to_buckets(q_positions.to(q.device), plan.q)
+    kv_places = to_buckets(kv_positions.to(q.device), plan.kv)
+
+    def kernel(bucket: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        size = plan.sizes[bucket]
+        q_place = q_places[bucket].view(size, -1, 1)
+        kv_place = kv_places[bucket].view(size, 1, -1)
+        padding = plan.key_padding[bucket]
+        if padding is not None:
+            kv_place = kv_place.masked_fill(padding[:, None, :], torch.iinfo(torch.int64).max)
+        # A row without any key would be 0/0: let it see all keys, then give it zero.
+        blind = q_place < kv_place.amin(-1, keepdim=True)
+        visible = (kv_place <= q_place) | blind
+        return _attend(q, k, v, scale, visible, False).masked_fill(blind[..., None], 0)
+
+    return _attend_buckets(q, k, v, plan, kernel)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if (
+        q.dim() != 3
+        or k.dim() != 3
+        or v.dim() != 3
+        or k.shape[:2] != v.shape[:2]
+        or q.shape[2] != k.shape[2]
+        or q.shape[1] % k.shape[1]
+    ):
+        raise ValueError(
+            "packed attention expects q [tokens, heads, head_dim], k [tokens, kv_heads, head_dim] "
+            "and v [tokens, kv_heads, value_dim] with kv_heads dividing heads; got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+
+
+def _attend_buckets(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BucketPlan,
+    kernel: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Run `kernel(bucket, q, k, v)` on [segments, length, heads, channels] for every bucket."""
+    dtype = q.dtype
+    if not plan.sizes:
+        # Nothing to attend to, but gradients of zero must still reach every weight behind.
+        nothing = (q.sum() + k.sum() + v.sum()) * 0
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + nothing
+    if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # The fused CPU kernel's half-precision backward is up to 20 times slower than float32.
+        q, k, v = q.float(), k.float(), v.float()
+    outputs = []
+    buckets = zip(
+        to_buckets(q, plan.q), to_buckets(k, plan.kv), to_buckets(v, plan.kv), strict=True
+    )
+    for bucket, (q_rows, k_rows, v_rows) in enumerate(buckets):
+        size = plan.sizes[bucket]
+        out = kernel(
+            bucket,
+            q_rows.view(size, plan.q.lengths[bucket], *q.shape[1:]),
+            k_rows.view(size, plan.kv.lengths[bucket], *k.shape[1:]),
+            v_rows.view(size, plan.kv.lengths[bucket], *v.shape[1:]),
+        )
+        outputs.append(out.reshape(-1, *out.shape[2:]))
+    return from_buckets(outputs, plan.q).to(dtype)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None, causal: bool
+) -> Tensor:
+    """Attention on a padded batch.
+
+    q is [batch, q_length, heads, head_dim], k and v [batch, kv_length, kv_heads, ...], `visible`
+    bool [batch, 1 or q_length, kv_length] or None for all. Padding sits at the end of each
+    segment, so that under `causal` no real query sees a padding key.
+    Returns [batch, q_length, heads, value_dim].
+    """
+    if q.device.type == "cpu" and q.shape[1] * k.shape[1] <= _DENSE_SCORES:
+        bias = _causal_bias(q.shape[1], q.dtype) if causal else None
+        if visible is not None:
+            bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
+        return _Dense.apply(q, k, v, scale, bias)
+    # The fused CPU and flash kernels need one head size; zero channels change no score.
+    value_dim = v.shape[-1]
+    widest = max(q.shape[-1], value_dim)
+    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if visible is None else visible[:, None],
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)[..., :value_dim]
+
+
+@lru_cache(maxsize=64)
+def _causal_bias(length: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((1, length, length), -math.inf, dtype=dtype).triu_(1)
+
+
+class _Dense(torch.autograd.Function):
+    """Attention by batched matrix products that keeps the probabilities for the backward pass.
+
+    Query heads that share a key head are stacked along the query axis, so that keys and values
+    are never repeated. `bias` is [1 or batch, 1 or q_length, kv_length], added to the scores.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
+    ) -> Tensor:
+        batch, q_length, heads, _ = q.shape
+        kv_heads = k.shape[2]
+        q = _stack_heads(q, kv_heads)
+        k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+        if bias is None:
+            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+        else:
+            shape = (batch, kv_heads, heads // kv_heads, q_length, k.shape[1])
+            bias = bias[:, None, None].expand(shape).reshape(q.shape[0], q.shape[1], k.shape[1])
+            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores, -1)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale = scale
+        return _unstack_heads(torch.bmm(weights, v), batch, q_length)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        batch, q_length = grad.shape[:2]
+        kv_heads = k.shape[0] // batch
+        grad = _stack_heads(grad, kv_heads)
+        grad_v = torch.bmm(weights.transpose(1, 2), grad)
+        # With s the scores: ds = w * (dw - sum(dw * w)), where the sum is over the keys.
+        grad_scores = torch.bmm(grad, v.transpose(1, 2))
+        grad_scores.sub_((grad_scores * weights).sum(-1, keepdim=True)).mul_(weights)
+        grad_scores.mul_(ctx.scale)
+        grad_q = _unstack_heads(torch.bmm(grad_scores, k), batch, q_length)
+        grad_k = torch.bmm(grad_scores.transpose(1, 2), q)
+        grad_k, grad_v = (x.unflatten(0, (batch, kv_heads)).transpose(1, 2) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _stack_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """[batch, length, heads, channels] -> [batch * kv_heads, heads / kv_heads * length, channels]."""
+    batch, _, _, channels = x.shape
+    grouped = x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    return grouped.reshape(batch * kv_heads, -1, channels)
+
+
+def _unstack_heads(x: Tensor, batch: int, length: int) -> Tensor:
+    """The inverse of `_stack_heads`."""
+    grouped = x.view(batch, x.shape[0] // batch, -1, length, x.shape[-1])
+    return grouped.permute(0, 3, 1, 2, 4).reshape(batch, length, -1, x.shape[-1])
+
+
+@lru_cache(maxsize=1)
+def _has_varlen() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def _varlen_available(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _has_varlen()
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
+    max_seqlen: int | None,
+) -> Tensor:
+    """torch's variable-length flash attention, which wants one head size, a multiple of 8."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if max_seqlen is None:
+        max_seqlen = max(lengths_from_cu_seqlens(cu_seqlens, q.shape[0]))
+    bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
+    value_dim = v.shape[-1]
+    widest = -(-max(q.shape[-1], value_dim) // 8) * 8
+    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        max_seqlen,
+        max_seqlen,
+        scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[..., :value_dim]

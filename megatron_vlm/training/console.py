@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on: rank files, log lines, a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger("megatron_vlm")
+
+
+def open_logs(run_dir: Path, rank: int) -> None:
+    """Log to `logs/rank_NNNNN.log`, and on rank 0 to the terminal too."""
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:05d}.log")]
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # The engine warns about every substituted layer; its errors still show.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logger.propagate = False
+
+
+class StepBar:
+    """A progress bar over the run's steps, on rank 0 and on a terminal only."""
+
+    def __init__(self, done: int, total: int, shown: bool) -> None:
+        self._bar: Progress | None = None
+        if shown and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("steps", total=total, completed=done, rate="")
+
+    def __enter__(self) -> StepBar:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def advance(self, step_seconds: float) -> None:
+        """One step more, which took `step_seconds`."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, rate=f"{1 / max(step_seconds, 1e-9):.2f} steps/s")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,312 @@
+"""A run from start to end, in the order in which it happens.
+
+check (no process group yet) -> join -> build -> initialise or load -> steps -> last checkpoint
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.checkpoint.checkpointer import Checkpointer, Progress, load_model, load_run
+from megatron_vlm.checkpoint.folder import list_iterations, write_atomically
+from megatron_vlm.config import RunConfig, dump_yaml
+from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
+from megatron_vlm.engine.objective import Objective, build_objective
+from megatron_vlm.engine.routers import update_bias
+from megatron_vlm.engine.step import StepResult, TrainStep
+from megatron_vlm.engine.trainable import Trainable, make_trainable
+from megatron_vlm.errors import UserError
+from megatron_vlm.models.initialize import initialize
+from megatron_vlm.models.language.engine_config import parameter_dtype
+from megatron_vlm.models.vlm import VisionLanguageModel, build_model
+from megatron_vlm.platform import World, detect_world, seed_step, start_distributed, stop
+from megatron_vlm.platform.peak import peak_tflops
+from megatron_vlm.topology.layout import Layout, resolve_layout
+from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
+from megatron_vlm.training.console import StepBar, logger, open_logs
+from megatron_vlm.training.datasets import OpenDataset, open_held_out_sets, open_training_set
+from megatron_vlm.training.held_out import validate
+from megatron_vlm.training.metrics import MetricsWriter, log_line, model_flops, vision_imbalance
+from megatron_vlm.training.schedule import learning_rate
+from megatron_vlm.training.signals import StopRequest
+
+_GIB = 1 << 30
+
+
+def train(config: RunConfig, world: World | None = None) -> Progress:
+    """Run `config` in this process, which is one rank of the run.
+
+    Raises:
+        UserError: bad input, found before the process group starts where that is possible.
+    """
+    world = world or detect_world()
+    layout = resolve_layout(config, world.world_size)
+    training_set, held_out = open_training_set(config), open_held_out_sets(config)
+    device = start_distributed(world)
+    try:
+        topology = build_topology(layout, device)
+        return Run(config, topology, training_set, held_out).run()
+    finally:
+        destroy_topology()
+        stop()
+
+
+class Run:
+    """One rank's run: built once, then stepped to the end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        training_set: OpenDataset,
+        held_out: dict[str, OpenDataset],
+    ) -> None:
+        self.config, self.topology = config, topology
+        self.data, self.held_out = training_set, held_out
+        self.run_dir = Path(config.run_dir)
+        self.is_main = topology.rank == 0
+        open_logs(self.run_dir, topology.rank)
+        seed_step(config.training.seed, 0)
+        self.objective = build_objective(config.training.objective, topology)
+        model = build_model(config, topology)
+        initialize(model.sharded_state_dict(), config.model, config.training.seed)
+        self.trainable = make_trainable(model, config)
+        self.checkpointer = Checkpointer(config)
+        self.progress = self._restore()
+        self.step = TrainStep(
+            config,
+            topology,
+            model,
+            self.objective,
+            chunks=list(self.trainable.chunks),
+            encoder=self.trainable.encoder,
+            reference=self._reference(self.objective),
+        )
+        self._peak = peak_tflops(topology.device, parameter_dtype(config.training.precision))
+        self._failures_in_a_row = 0
+
+    def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> Progress:
+        """Step to `train_iters` or until asked to stop, then save.
+
+        Args:
+            on_step: called with every step's metrics, on every rank.
+        """
+        config, progress = self.config, self.progress
+        total = config.training.train_iters
+        self._announce()
+        writer = MetricsWriter(self.run_dir, progress.iteration) if self.is_main else None
+        saved_at = progress.iteration
+        asked = False
+        with (
+            StopRequest() as request,
+            StepBar(progress.iteration, total, self.is_main) as bar,
+            self._loader() as loader,
+        ):
+            while progress.iteration < total and not asked:
+                metrics = self._one_step(loader)
+                asked = self._anyone(request.received is not None)
+                if self._due(config.training.eval_interval) or progress.iteration == total:
+                    metrics |= self._validate()
+                if writer is not None:
+                    writer.write(metrics)
+                    if progress.iteration % config.training.log_interval == 0:
+                        world = self.topology.layout.world_size
+                        logger.info(log_line(metrics, total, world))
+                bar.advance(metrics["step_time_s"])
+                if on_step is not None:
+                    on_step(metrics)
+                self.checkpointer.poll()
+                if self._due(config.checkpoint.save_interval):
+                    self.checkpointer.save(self.trainable, progress)
+                    saved_at = progress.iteration
+        if saved_at != progress.iteration:
+            self.checkpointer.save(self.trainable, progress)
+        self.checkpointer.close()
+        if writer is not None:
+            writer.close()
+        if asked and progress.iteration < total and self.is_main:
+            logger.info("asked to stop: saved iteration %d and left", progress.iteration)
+        return progress
+
+    def _one_step(self, loader: StepLoader) -> dict[str, Any]:
+        config, progress = self.config, self.progress
+        started, waited = time.perf_counter(), loader.wait_seconds
+        loaded: LoadedStep = next(loader)
+        iteration = progress.iteration + 1
+        seed_step(config.training.seed, iteration)
+        rate = learning_rate(config, iteration)
+        self.trainable.optimizer.zero_grad()
+        result = self.step.train(loaded)
+        norm = self._update(result, rate)
+        self._advance(loaded, norm)
+        elapsed = time.perf_counter() - started
+        return self._metrics(loaded, result, norm, rate, elapsed, loader.wait_seconds - waited)
+
+    def _update(self, result: StepResult, rate: float) -> float:
+        """Step the optimizer and the router bias, or neither."""
+        losses_finite = all(math.isfinite(value) for value in result.losses.values())
+        if not losses_finite:
+            return math.nan
+        norm = self.trainable.step(rate, self.config.optimizer.clip_grad)
+        if math.isfinite(norm):
+            update_bias(self.step.model.chunks, self._bias_rate())
+        return norm
+
+    def _bias_rate(self) -> float:
+        frozen = "language" in self.config.training.freeze
+        return 0.0 if frozen else self.config.model.language.moe_router_bias_update_rate
+
+    def _advance(self, loaded: LoadedStep, norm: float) -> None:
+        progress, limit = self.progress, self.config.training.skip_non_finite_limit
+        progress.iteration += 1
+        progress.consumed_samples += self.config.training.global_batch_size
+        progress.consumed_documents += loaded.plan.documents
+        progress.consumed_tokens += loaded.plan.tokens
+        progress.optimizer_steps = self.trainable.steps
+        if math.isfinite(norm):
+            self._failures_in_a_row = 0
+            return
+        progress.skipped_iterations += 1
+        progress.nan_iterations += 1
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row > limit:
+            raise UserError(
+                f"{self._failures_in_a_row} steps in a row had a loss or gradient that is not "
+                f"finite (training.skip_non_finite_limit {limit}); lower optimizer.lr or look at "
+                f"the data from row {progress.consumed_samples}"
+            )
+
+    def _metrics(
+        self,
+        loaded: LoadedStep,
+        result: StepResult,
+        norm: float,
+        rate: float,
+        elapsed: float,
+        waited: float,
+    ) -> dict[str, Any]:
+        config, plan, world = self.config, loaded.plan, self.topology.layout.world_size
+        slowest = self._largest([elapsed, waited, self._memory()])
+        seconds, data_seconds, memory = slowest
+        tflops = model_flops(plan, config) / seconds / world / 1e12
+        metrics: dict[str, Any] = {
+            "iteration": self.progress.iteration,
+            "consumed_samples": self.progress.consumed_samples,
+            "consumed_documents": self.progress.consumed_documents,
+            "consumed_tokens": self.progress.consumed_tokens,
+            "images": len(plan.pictures),
+            "image_patches": plan.image_patches,
+            **result.losses,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "global_batch_size": config.training.global_batch_size,
+            "step_time_s": seconds,
+            "data_time_s": data_seconds,
+            "tokens_per_second_per_device": plan.tokens / seconds / world,
+            "images_per_second_per_device": len(plan.pictures) / seconds / world,
+            "tflops_per_device": tflops,
+            "mfu": tflops / self._peak,
+            "memory_gib": memory,
+            "vision_imbalance": vision_imbalance(plan, config, world),
+            "skipped_iterations": self.progress.skipped_iterations,
+            "nan_iterations": self.progress.nan_iterations,
+        }
+        if result.load_balancing_loss is not None:
+            metrics["load_balancing_loss"] = result.load_balancing_loss
+            metrics["expert_imbalance"] = result.expert_imbalance
+        return metrics
+
+    def _validate(self) -> dict[str, float]:
+        if not self.held_out:
+            return {}
+        return validate(self.config, self.step, self.held_out, self._view())
+
+    def _view(self) -> RankView:
+        topology = self.topology
+        return RankView(
+            rank=topology.rank,
+            world_size=topology.layout.world_size,
+            replica=topology.coordinates.dp,
+            num_replicas=topology.layout.dp,
+            needs_text=topology.embeds_tokens or topology.computes_loss,
+        )
+
+    def _loader(self) -> StepLoader:
+        config = self.config
+        return StepLoader(
+            self.data.source,
+            self.data.reader,
+            self._view(),
+            self.progress.consumed_samples,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            vision=config.model.vision,
+            prefetch_steps=config.data.prefetch_steps,
+            decode_threads=1,
+        )
+
+    def _restore(self) -> Progress:
+        settings = self.config.checkpoint
+        if list_iterations(self.checkpointer.root):
+            progress = load_run(self.checkpointer.root, self.trainable, self.config, True)
+        elif settings.load is not None:
+            source = Path(settings.load)
+            progress = load_run(source, self.trainable, self.config, settings.load_optimizer)
+        else:
+            progress = Progress()
+        self.trainable.steps = progress.optimizer_steps
+        return progress
+
+    def _reference(self, objective: Objective) -> VisionLanguageModel | None:
+        """The starting model, frozen: from `checkpoint.load`, else from the seed."""
+        if not objective.needs_reference:
+            return None
+        model = build_model(self.config, self.topology)
+        initialize(model.sharded_state_dict(), self.config.model, self.config.training.seed)
+        if self.config.checkpoint.load is not None:
+            load_model(Path(self.config.checkpoint.load), model, self.config)
+        model.freeze(["vision", "adapter", "language"])
+        for chunk in model.chunks:
+            chunk.output = objective.output
+            chunk.eval()
+        return model
+
+    def _announce(self) -> None:
+        if not self.is_main:
+            return
+        write_atomically(self.run_dir / "config.yaml", dump_yaml(self.config))
+        layout: Layout = self.topology.layout
+        logger.info(
+            "%d processes (%s), %s, run folder %s",
+            layout.world_size,
+            layout.describe(),
+            self.config.training.precision,
+            self.run_dir,
+        )
+        if self.progress.iteration:
+            logger.info("resumed at iteration %d", self.progress.iteration)
+
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.progress.iteration % interval == 0
+
+    def _anyone(self, mine: bool) -> bool:
+        return self._largest([float(mine)])[0] > 0
+
+    def _largest(self, values: list[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def _memory(self) -> float:
+        """Peak GiB on the device, or this process's resident memory on a CPU."""
+        if self.topology.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / _GIB
+        return psutil.Process().memory_info().rss / _GIB

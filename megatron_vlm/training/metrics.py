@@ -1,0 +1,109 @@
+"""What a step reports: metrics.jsonl, TensorBoard and one log line, from one dictionary."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_vlm.config.schema import RunConfig
+from megatron_vlm.data.plan import StepPlan
+from megatron_vlm.models.language.flops import attention_flops, linear_flops_per_token
+from megatron_vlm.models.vision.flops import encoder_flops
+
+# Forward and backward: each product of the forward pass has two in the backward pass.
+_FORWARD_AND_BACKWARD = 3
+
+
+class MetricsWriter:
+    """Appends one object per step to metrics.jsonl and the same values to TensorBoard.
+
+    Opened at iteration n, it removes what an interrupted run had written beyond n, in both, so
+    every step stands there once.
+    """
+
+    def __init__(self, run_dir: Path, iteration: int) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._cut(iteration)
+        self._stream = open(self._path, "a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=iteration + 1)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Write one step; `iteration` is its number."""
+        step = int(metrics["iteration"])
+        self._stream.write(json.dumps(metrics) + "\n")
+        self._stream.flush()
+        for name, value in metrics.items():
+            # Doubles, so that both files hold the very same number.
+            self._board.add_scalar(name, value, step, new_style=True, double_precision=True)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._stream.close()
+        self._board.close()
+
+    def _cut(self, iteration: int) -> None:
+        if not self._path.exists():
+            return
+        kept = [
+            line
+            for line in self._path.read_text().splitlines(keepends=True)
+            if line.endswith("\n") and json.loads(line)["iteration"] <= iteration
+        ]
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self._path)
+
+
+def model_flops(plan: StepPlan, config: RunConfig) -> float:
+    """FLOPs of one step of both towers, forward and backward, real tokens and patches only."""
+    language, vision = config.model.language, config.model.vision
+    squares = sum(
+        float((micro.segment_lengths.astype("float64") ** 2).sum())
+        for replica in plan.micro_batches
+        for micro in replica
+    )
+    total = linear_flops_per_token(language) * plan.tokens + attention_flops(language, squares)
+    if vision is not None:
+        grids = [(picture.grid_h, picture.grid_w) for picture in plan.pictures]
+        total += encoder_flops(grids, vision, language.hidden_size) if grids else 0.0
+    return _FORWARD_AND_BACKWARD * total
+
+
+def vision_imbalance(plan: StepPlan, config: RunConfig, world_size: int) -> float:
+    """Largest over mean encoder cost of the ranks; 1 when even, or when there are no pictures."""
+    vision = config.model.vision
+    if vision is None or not plan.pictures:
+        return 1.0
+    loads = [0.0] * world_size
+    for picture in plan.pictures:
+        grid = [(picture.grid_h, picture.grid_w)]
+        loads[picture.encoder_rank] += encoder_flops(grid, vision, config.model.language.hidden_size)
+    return max(loads) * world_size / sum(loads)
+
+
+def log_line(metrics: dict[str, Any], train_iters: int, world_size: int) -> str:
+    """The field's one line per step."""
+    losses = {
+        name: value
+        for name, value in metrics.items()
+        if name.endswith("loss") and not name.startswith("validation")
+    }
+    parts = [
+        f"iteration {metrics['iteration']:8d}/{train_iters:8d}",
+        f"consumed samples: {metrics['consumed_samples']:12d}",
+        f"elapsed time per iteration (ms): {metrics['step_time_s'] * 1e3:.1f}",
+        f"learning rate: {metrics['learning_rate']:.6E}",
+        f"global batch size: {metrics['global_batch_size']:5d}",
+        *(f"{name.replace('_', ' ')}: {value:.6E}" for name, value in losses.items()),
+        f"grad norm: {metrics['grad_norm']:.3f}",
+        f"tokens/s: {metrics['tokens_per_second_per_device'] * world_size:.0f}",
+        f"images/s: {metrics['images_per_second_per_device'] * world_size:.1f}",
+        f"number of skipped iterations: {metrics['skipped_iterations']:3d}",
+        f"number of nan iterations: {metrics['nan_iterations']:3d}",
+    ]
+    return " | ".join(parts) + " |"

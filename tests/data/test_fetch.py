@@ -1,0 +1,134 @@
+"""Random access to shards, and every way in which a shard can be wrong."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vlm.data.chat import encode_conversation
+from megatron_vlm.data.fetch import SampleReader
+from megatron_vlm.data.index import open_dataset
+from megatron_vlm.data.tokenizer import byte_tokenizer
+from megatron_vlm.errors import DataError
+from tests.data.samples import build, entry, mixed_entries, picture
+
+pytestmark = pytest.mark.unit
+
+
+def turns_of(item: dict[str, Any]) -> list[tuple[str, str]]:
+    roles = {"human": "user", "gpt": "assistant"}
+    return [(roles[turn["from"]], turn["value"]) for turn in item["conversations"]]
+
+
+def test_samples_and_pictures_come_back_from_many_threads(tmp_path: Path) -> None:
+    entries = mixed_entries(tmp_path)
+    index = build(tmp_path, entries, shard_mb=1)
+    tokenizer = byte_tokenizer()
+
+    def check(sample: int) -> int:
+        item = entries[sample]
+        images = item.get("images", [])
+        expected = encode_conversation(tokenizer, turns_of(item), len(images))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(reader.read_tokens(sample), expected)
+        for ordinal, name in enumerate(images):
+            pixels = np.asarray(Image.open(tmp_path / name))
+            np.testing.assert_array_equal(reader.read_picture(sample, ordinal), pixels)
+            assert reader.read_encoded(sample, ordinal) == (tmp_path / name).read_bytes()
+        return len(images)
+
+    order = np.random.default_rng(0).permutation(np.repeat(range(len(entries)), 3)).tolist()
+    with SampleReader(index) as reader, ThreadPoolExecutor(8) as pool:
+        decoded = sum(pool.map(check, order))
+        columns = index.columns
+        # Every picture was read twice: decoded, and as bytes.
+        expected = 3 * (columns.sample_size.sum() + 2 * columns.picture_size.sum())
+        assert reader.bytes_read == expected
+        assert reader.pictures_decoded == decoded == 3 * index.num_pictures
+
+
+def test_a_reader_may_be_used_after_closing(tmp_path: Path) -> None:
+    reader = SampleReader(build(tmp_path, [entry("q", "a")]))
+    first = reader.read_tokens(0)
+    reader.close()
+    reader.close()
+    np.testing.assert_array_equal(reader.read_tokens(0), first)
+    reader.close()
+
+
+def test_no_such_picture(tmp_path: Path) -> None:
+    with (
+        SampleReader(build(tmp_path, [entry("q", "a")])) as reader,
+        pytest.raises(IndexError),
+    ):
+        reader.read_picture(0, 0)
+
+
+def test_truncated_and_missing_shards_are_named(tmp_path: Path) -> None:
+    # Changed after opening: opening itself would have refused.
+    index = build(tmp_path, mixed_entries(tmp_path, 8))
+    shard = tmp_path / "set" / "shard-00000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:3000])
+    with SampleReader(index) as reader:
+        reader.read_tokens(0)
+        with pytest.raises(DataError, match=r"shard-00000\.tar: truncated: .* ends at 3000"):
+            reader.read_tokens(7)
+        with pytest.raises(DataError, match=r"shard-00000\.tar: truncated"):
+            reader.read_picture(7, 2)
+    shard.unlink()
+    with (
+        SampleReader(index) as reader,
+        pytest.raises(DataError, match=r"shard-00000\.tar: cannot be read .No such file"),
+    ):
+        reader.read_tokens(0)
+
+
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def test_damaged_content_names_the_sample(tmp_path: Path) -> None:
+    picture(30, 30).save(tmp_path / "a.png")
+    index = build(tmp_path, [entry("q", "a", ["a.png"]), entry("r", "b", ["a.png"])])
+    shard = tmp_path / "set" / "shard-00000.tar"
+    tokens, image = int(index.columns.sample_offset[1]), int(index.columns.picture_offset[1])
+    with SampleReader(index) as reader:
+        overwrite(shard, image + 200, bytes(400))
+        with pytest.raises(DataError, match=r"sample 1 .000000001\.json in shard-00000.*picture 0"):
+            reader.read_picture(1, 0)
+        # 128 bytes of header, then the ids: the placeholder is gone.
+        overwrite(shard, tokens + 128 + 4, np.int32(65).tobytes())
+        with pytest.raises(DataError, match="sample 1 .*not what the index says"):
+            reader.read_tokens(1)
+        overwrite(shard, tokens, b"nonsense")
+        with pytest.raises(DataError, match="sample 1 .*tokens are damaged"):
+            reader.read_tokens(1)
+        assert reader.read_tokens(0).shape[0] == 2
+
+
+def test_index_of_another_set(tmp_path: Path) -> None:
+    picture(30, 40).save(tmp_path / "a.png")
+    index = build(tmp_path, [entry("q", "a", ["a.png"])])
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "set" / "index.safetensors"
+    columns = load_file(path)
+    columns["picture_width"][:] = 41
+    columns["sample_loss_tokens"][:] += 1
+    save_file(columns, path, metadata={"format_version": "1"})
+    record = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    assert record["index"]["bytes"] == path.stat().st_size
+    index = open_dataset(tmp_path / "set")
+    with SampleReader(index) as reader:
+        with pytest.raises(DataError, match="decodes to 30x40, but the index says 30x41"):
+            reader.read_picture(0, 0)
+        with pytest.raises(DataError, match="not what the index says"):
+            reader.read_tokens(0)
