@@ -218,12 +218,12 @@ def _map_columns(path: Path) -> IndexColumns:
                 f"dimension of {dtype}; build it again"
             )
         length = entry["shape"][0]
-        # An empty range cannot be mapped.
-        arrays[name] = (
-            np.memmap(path, dtype, "r", 8 + header_bytes + entry["data_offsets"][0], (length,))
-            if length
-            else np.empty(0, dtype)
-        )
+        if not length:  # an empty range cannot be mapped
+            arrays[name] = np.empty(0, dtype)
+            continue
+        start = 8 + header_bytes + entry["data_offsets"][0]
+        # As plain arrays: reading single entries through the memmap class is several times slower.
+        arrays[name] = np.memmap(path, dtype, "r", start, (length,)).view(np.ndarray)
     return IndexColumns(**arrays)
 
 

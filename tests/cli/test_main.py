@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -184,12 +184,18 @@ def test_help_is_instant_and_lists_every_command(argv: list[str]) -> None:
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run(
             [sys.executable, "-c", code, *argv], check=True, capture_output=True, text=True
         )
-        seconds.append(time.perf_counter() - start)
-    # The best of three: the machine may be busy with other things.
+        after = os.times()
+        # Processor time, not the clock's: the machine may be busy with other things.
+        seconds.append(
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
     assert min(seconds) < 0.5
     if argv == ["--help"]:
         assert all(f"\n  {name} " in done.stdout for name in COMMANDS)

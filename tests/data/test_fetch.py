@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vlm.data import fetch
 from megatron_vlm.data.chat import encode_conversation
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.index import open_dataset
@@ -59,6 +61,14 @@ def test_a_reader_may_be_used_after_closing(tmp_path: Path) -> None:
     reader.close()
     np.testing.assert_array_equal(reader.read_tokens(0), first)
     reader.close()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_arrays_of_other_writers(version: tuple[int, int]) -> None:
+    tokens = np.arange(14, dtype=np.int32).reshape(2, 7)
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, tokens, version=version)
+    np.testing.assert_array_equal(fetch._parse_npy(buffer.getvalue(), 7), tokens)
 
 
 def test_no_such_picture(tmp_path: Path) -> None:

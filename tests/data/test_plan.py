@@ -36,7 +36,8 @@ def big_source(**changes: object) -> RowSource:
     pictures = []
     for count in rng.integers(0, 3, 200):
         places = np.sort(rng.choice(10, count, replace=False))
-        pictures.append([(int(p), *map(int, rng.integers(14, 100, 2))) for p in places])
+        sizes = rng.integers(14, 100, (count, 2)).tolist()
+        pictures.append([(int(p), h, w) for p, (h, w) in zip(places, sizes, strict=True)])
     return RowSource(index_of(text, pictures), 128, data_config(**changes), 3, VISION)
 
 

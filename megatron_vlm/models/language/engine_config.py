@@ -58,7 +58,8 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         # Losses are scaled where they are computed, so gradients are plain sums.
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # Frees what was sent; gloo, unlike a CUDA stream, may still be sending it.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
         # Layers differ (dense, experts): one key a layer, whatever the stages.
         hetereogenous_dist_checkpoint=True,
         **_parallel_options(config, layout),
