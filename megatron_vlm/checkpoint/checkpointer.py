@@ -107,17 +107,19 @@ def load_run(path: Path, trainable: Trainable, config: RunConfig, optimizer: boo
     found = _checked(path, config)
     state = folder.read_state(found)
     model_state = trainable.model.sharded_state_dict()
+    # The engine takes the tensors out of what it is given to load.
+    parameters = {name: entry.data for name, entry in model_state.items()}
     wanted: dict[str, Any] = dict(model_state)
     if optimizer:
         _check_optimizer(found, state, config)
         wanted |= optimizer_tensors(trainable, model_state, empty=True)
     loaded = _load_tensors(found, wanted)
-    _fill(model_state, loaded)
+    _fill(parameters, loaded)
     if not optimizer:
         load_main_parameters(trainable)
         return Progress()
     progress = Progress(**state["progress"])
-    load_optimizer_tensors(trainable, model_state, loaded, progress.optimizer_steps)
+    load_optimizer_tensors(trainable, parameters, loaded, progress.optimizer_steps)
     return progress
 
 
@@ -125,7 +127,8 @@ def load_model(path: Path, model: VisionLanguageModel, config: RunConfig) -> Pro
     """Load weights alone; returns where the saved run stood. Collective."""
     found = _checked(path, config)
     model_state = model.sharded_state_dict()
-    _fill(model_state, _load_tensors(found, dict(model_state)))
+    parameters = {name: entry.data for name, entry in model_state.items()}
+    _fill(parameters, _load_tensors(found, model_state))
     return Progress(**folder.read_state(found)["progress"])
 
 
@@ -224,7 +227,6 @@ def _load_tensors(path: Path, wanted: dict[str, Any]) -> dict[str, torch.Tensor]
 
 
 @torch.no_grad()
-def _fill(model_state: dict[str, Any], loaded: dict[str, torch.Tensor]) -> None:
-    for name, entry in model_state.items():
-        if name in loaded and entry.data is not None:
-            entry.data.copy_(loaded[name])
+def _fill(parameters: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(loaded[name])

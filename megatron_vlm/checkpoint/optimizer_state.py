@@ -37,7 +37,7 @@ def optimizer_tensors(trainable: Trainable, model_state: dict[str, Any], empty: 
     Returns:
         Sharded tensors (or factories) by name.
     """
-    names = {id(entry.data): name for name, entry in model_state.items() if hasattr(entry, "data")}
+    names = {id(entry.data): name for name, entry in model_state.items()}
     result = {}
     for optimizer in trainable.optimizer.chained_optimizers:
         if optimizer.is_stub_optimizer:
@@ -51,17 +51,20 @@ def optimizer_tensors(trainable: Trainable, model_state: dict[str, Any], empty: 
 
 
 def load_optimizer_tensors(
-    trainable: Trainable, model_state: dict[str, Any], loaded: dict[str, torch.Tensor], step: int
+    trainable: Trainable,
+    parameters: dict[str, torch.Tensor],
+    loaded: dict[str, torch.Tensor],
+    step: int,
 ) -> None:
     """Put loaded tensors into the optimizer, each rank keeping the ranges it owns.
 
     Args:
         trainable: the model being trained.
-        model_state: its sharded state.
+        parameters: its parameters by name.
         loaded: this rank's tensors by the names of `optimizer_tensors`.
         step: optimizer steps taken so far (Adam's bias correction).
     """
-    names = {id(entry.data): name for name, entry in model_state.items() if hasattr(entry, "data")}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     for optimizer in trainable.optimizer.chained_optimizers:
         if optimizer.is_stub_optimizer:
             continue

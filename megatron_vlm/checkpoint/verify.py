@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import pickletools
+import pickle
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from megatron_vlm.checkpoint.folder import digest, read_manifest
 from megatron_vlm.errors import CheckpointError
 
 # torch.distributed.checkpoint keeps its index (names, shapes, offsets) as a pickle. It is opened
-# only if it refers to these and nothing else.
-_ALLOWED_MODULES = (
+# only if it refers to these and nothing else; none of them runs code of the pickle's choosing.
+_MODULES = {
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
     "torch.distributed.checkpoint.planner",
-    "torch.distributed._shard",
-    "torch.serialization",
-)
-_ALLOWED_NAMES = {
-    ("torch", "Size"),
-    ("torch", "dtype"),
-    ("torch", "device"),
-    ("torch", "memory_format"),
-    ("torch", "strided"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("builtins", "getattr"),
 }
-_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"}
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    *(("torch", name) for name in "float64 float32 float16 bfloat16 int64 int32 uint8 bool".split()),
+}
 
 
 def verify_files(path: Path, share: int = 0, shares: int = 1, contents: bool = True) -> None:
@@ -65,38 +56,32 @@ def verify_index(path: Path) -> None:
     """Refuse a `.metadata` whose pickle refers to anything but checkpoint classes.
 
     Raises:
-        CheckpointError: it would import something else.
+        CheckpointError: it would import something else, or cannot be read.
     """
     file = path / ".metadata"
-    strings: list[str] = []
     try:
-        for opcode, argument, _ in pickletools.genops(file.read_bytes()):
-            if isinstance(argument, str) and "UNICODE" in opcode.name:
-                strings.append(argument)
-            elif opcode.name == "GLOBAL":
-                _check_global(file, *str(argument).split(" ", 1))
-            elif opcode.name == "STACK_GLOBAL":
-                _check_global(file, *_last_names(strings))
-            elif opcode.name in ("INST", "EXT1", "EXT2", "EXT4"):
-                raise CheckpointError(f"{file}: pickle opcode {opcode.name} is not accepted")
-    except (ValueError, OSError) as error:
+        with open(file, "rb") as stream:
+            _CheckedUnpickler(stream, file).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle fails in any way it likes
         raise CheckpointError(
             f"{file}: cannot be read ({error}); the checkpoint is damaged, use another"
         ) from None
 
 
-def _last_names(strings: list[str]) -> tuple[str, str]:
-    return (strings[-2], strings[-1]) if len(strings) > 1 else ("?", "?")
+class _CheckedUnpickler(pickle.Unpickler):
+    """Resolves only names that torch.distributed.checkpoint's index is made of."""
 
+    def __init__(self, stream: BinaryIO, file: Path) -> None:
+        super().__init__(stream)
+        self._file = file
 
-def _check_global(file: Path, module: str, name: str) -> None:
-    allowed = (
-        module.startswith(_ALLOWED_MODULES)
-        or (module, name) in _ALLOWED_NAMES
-        or (module == "torch" and name in _DTYPES)
-    )
-    if not allowed:
+    def find_class(self, module: str, name: str) -> Any:
+        """The named class, if a checkpoint may refer to it."""
+        if (module, name) in _ALLOWED or (module in _MODULES and "." not in name):
+            return super().find_class(module, name)
         raise CheckpointError(
-            f"{file}: its pickle refers to {module}.{name}, which a checkpoint never needs; "
+            f"{self._file}: its pickle refers to {module}.{name}, which a checkpoint never needs; "
             "it was not opened"
         )

@@ -14,7 +14,9 @@ Precision = Literal["fp64", "fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_b
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class VisionConfig(_Section):
@@ -288,7 +290,7 @@ class OptimizerConfig(_Section):
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass runs (distributed optimizer only)."""
     bucket_size: int | None = Field(None, gt=0)
-    """Elements of one gradient bucket under overlap; null is the engine's own (40 million or more)."""
+    """Elements of one gradient bucket under overlap; null: the engine's own, 40 million or more."""
 
 
 class DataConfig(_Section):

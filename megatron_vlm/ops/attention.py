@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,8 +28,6 @@ from megatron_vlm.ops.segments import (
 
 _DENSE_SCORES = 128 * 128
 """Largest score matrix of one head that the plain products make (measured on one CPU core)."""
-
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def packed_attention(
@@ -127,13 +125,12 @@ def packed_attention_with_mask_lengths(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plan = plan_buckets(q_lengths, kv_lengths, q.shape[1] * q.shape[2], q.device)
-    q_places = to_buckets(q_positions.to(q.device), plan.q)
-    kv_places = to_buckets(kv_positions.to(q.device), plan.kv)
+    q_positions, kv_positions = q_positions.to(q.device), kv_positions.to(q.device)
 
     def kernel(bucket: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         size = plan.sizes[bucket]
-        q_place = q_places[bucket].view(size, -1, 1)
-        kv_place = kv_places[bucket].view(size, 1, -1)
+        q_place = q_positions[plan.q.gather[bucket]].view(size, -1, 1)
+        kv_place = kv_positions[plan.kv.gather[bucket]].view(size, 1, -1)
         padding = plan.key_padding[bucket]
         if padding is not None:
             kv_place = kv_place.masked_fill(padding[:, None, :], torch.iinfo(torch.int64).max)
@@ -168,7 +165,7 @@ def _attend_buckets(
     plan: BucketPlan,
     kernel: Callable[[int, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Run `kernel(bucket, q, k, v)` on [segments, length, heads, channels] for every bucket."""
+    """Run `kernel(bucket, q, k, v)` on [heads, segments, length, channels] for every bucket."""
     dtype = q.dtype
     if not plan.sizes:
         # Nothing to attend to, but gradients of zero must still reach every weight behind.
@@ -181,15 +178,9 @@ def _attend_buckets(
     buckets = zip(
         to_buckets(q, plan.q), to_buckets(k, plan.kv), to_buckets(v, plan.kv), strict=True
     )
-    for bucket, (q_rows, k_rows, v_rows) in enumerate(buckets):
-        size = plan.sizes[bucket]
-        out = kernel(
-            bucket,
-            q_rows.view(size, plan.q.lengths[bucket], *q.shape[1:]),
-            k_rows.view(size, plan.kv.lengths[bucket], *k.shape[1:]),
-            v_rows.view(size, plan.kv.lengths[bucket], *v.shape[1:]),
-        )
-        outputs.append(out.reshape(-1, *out.shape[2:]))
+    for bucket, rows in enumerate(buckets):
+        out = kernel(bucket, *(x.unflatten(1, (plan.sizes[bucket], -1)) for x in rows))
+        outputs.append(out.flatten(1, 2))
     return from_buckets(outputs, plan.q).to(dtype)
 
 
@@ -198,30 +189,34 @@ def _attend(
 ) -> Tensor:
     """Attention on a padded batch.
 
-    q is [batch, q_length, heads, head_dim], k and v [batch, kv_length, kv_heads, ...], `visible`
+    q is [heads, batch, q_length, head_dim], k and v [kv_heads, batch, kv_length, ...], `visible`
     bool [batch, 1 or q_length, kv_length] or None for all. Padding sits at the end of each
     segment, so that under `causal` no real query sees a padding key.
-    Returns [batch, q_length, heads, value_dim].
+    Returns [heads, batch, q_length, value_dim].
     """
-    if q.device.type == "cpu" and q.shape[1] * k.shape[1] <= _DENSE_SCORES:
-        bias = _causal_bias(q.shape[1], q.dtype) if causal else None
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= _DENSE_SCORES:
+        bias = _causal_bias(q.shape[2], q.dtype) if causal else None
         if visible is not None:
             bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
         return _Dense.apply(q, k, v, scale, bias)
     # The fused CPU and flash kernels need one head size; zero channels change no score.
     value_dim = v.shape[-1]
     widest = max(q.shape[-1], value_dim)
-    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
+    q, k, v = (_widen(x, widest) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        q.transpose(0, 1),
+        k.transpose(0, 1),
+        v.transpose(0, 1),
         attn_mask=None if visible is None else visible[:, None],
         is_causal=causal,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=q.shape[0] != k.shape[0],
     )
-    return out.transpose(1, 2)[..., :value_dim]
+    return out.transpose(0, 1)[..., :value_dim]
+
+
+def _widen(x: Tensor, channels: int) -> Tensor:
+    return F.pad(x, (0, channels - x.shape[-1])) if x.shape[-1] < channels else x
 
 
 @lru_cache(maxsize=64)
@@ -233,57 +228,61 @@ class _Dense(torch.autograd.Function):
     """Attention by batched matrix products that keeps the probabilities for the backward pass.
 
     Query heads that share a key head are stacked along the query axis, so that keys and values
-    are never repeated. `bias` is [1 or batch, 1 or q_length, kv_length], added to the scores.
+    are never repeated. Shapes as in `_attend`; `bias` is [1 or batch, 1 or q_length, kv_length],
+    added to the scores.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     ) -> Tensor:
-        batch, q_length, heads, _ = q.shape
-        kv_heads = k.shape[2]
-        q = _stack_heads(q, kv_heads)
-        k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+        shape = q.shape
+        q = _stack_heads(q, k.shape[0])
         if bias is None:
-            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+            bias = q.new_zeros(1)
         else:
-            shape = (batch, kv_heads, heads // kv_heads, q_length, k.shape[1])
-            bias = bias[:, None, None].expand(shape).reshape(q.shape[0], q.shape[1], k.shape[1])
-            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
-        weights = torch.softmax(scores, -1)
+            scores_shape = (k.shape[0], shape[1], shape[0] // k.shape[0], shape[2], k.shape[2])
+            bias = bias[None, :, None].expand(scores_shape).reshape(*q.shape[:2], k.shape[2])
+        k, v = k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
+        weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
-        return _unstack_heads(torch.bmm(weights, v), batch, q_length)
+        return _unstack_heads(torch.bmm(weights, v), shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        batch, q_length = grad.shape[:2]
-        kv_heads = k.shape[0] // batch
+        shape = grad.shape
+        kv_heads = k.shape[0] // shape[1]
         grad = _stack_heads(grad, kv_heads)
         grad_v = torch.bmm(weights.transpose(1, 2), grad)
         # With s the scores: ds = w * (dw - sum(dw * w)), where the sum is over the keys.
         grad_scores = torch.bmm(grad, v.transpose(1, 2))
         grad_scores.sub_((grad_scores * weights).sum(-1, keepdim=True)).mul_(weights)
-        grad_scores.mul_(ctx.scale)
-        grad_q = _unstack_heads(torch.bmm(grad_scores, k), batch, q_length)
-        grad_k = torch.bmm(grad_scores.transpose(1, 2), q)
-        grad_k, grad_v = (x.unflatten(0, (batch, kv_heads)).transpose(1, 2) for x in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v, None, None
+        ignored = q.new_empty(1)
+        grad_q = torch.baddbmm(ignored, grad_scores, k, beta=0, alpha=ctx.scale)
+        grad_k = torch.baddbmm(ignored, grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
+        return (
+            _unstack_heads(grad_q, (*shape[:3], q.shape[-1])),
+            grad_k.unflatten(0, (kv_heads, -1)),
+            grad_v.unflatten(0, (kv_heads, -1)),
+            None,
+            None,
+        )
 
 
 def _stack_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """[batch, length, heads, channels] -> [batch * kv_heads, heads / kv_heads * length, channels]."""
-    batch, _, _, channels = x.shape
-    grouped = x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    return grouped.reshape(batch * kv_heads, -1, channels)
+    """[heads, batch, length, c] -> [kv_heads * batch, heads / kv_heads * length, c]."""
+    grouped = x.unflatten(0, (kv_heads, -1)).transpose(1, 2)
+    return grouped.reshape(kv_heads * x.shape[1], -1, x.shape[-1])
 
 
-def _unstack_heads(x: Tensor, batch: int, length: int) -> Tensor:
-    """The inverse of `_stack_heads`."""
-    grouped = x.view(batch, x.shape[0] // batch, -1, length, x.shape[-1])
-    return grouped.permute(0, 3, 1, 2, 4).reshape(batch, length, -1, x.shape[-1])
+def _unstack_heads(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `_stack_heads`; `shape` is [heads, batch, length, c] but for c."""
+    heads, batch, length = shape[:3]
+    grouped = x.view(x.shape[0] // batch, batch, -1, length, x.shape[-1])
+    return grouped.transpose(1, 2).reshape(heads, batch, length, x.shape[-1])
 
 
 @lru_cache(maxsize=1)
@@ -312,7 +311,7 @@ def _varlen(
     bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
     value_dim = v.shape[-1]
     widest = -(-max(q.shape[-1], value_dim) // 8) * 8
-    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
+    q, k, v = (_widen(x, widest) for x in (q, k, v))
     out = varlen_attn(
         q,
         k,

@@ -163,33 +163,38 @@ def _bucket_side(
 
 
 def to_buckets(packed: Tensor, side: BucketSide) -> tuple[Tensor, ...]:
-    """Copy a packed tensor into its buckets, differentiably.
+    """Copy a packed tensor [tokens, heads, channels] into its buckets, differentiably.
 
-    `packed` is [tokens, ...]; bucket i comes back as [segments * length, ...]. What padding
-    rows hold is not specified beyond being finite where their segment is; gradients that
-    reach them are dropped.
+    Bucket i comes back heads first, [heads, segments * length, channels], as batched matrix
+    products want it. A padding row repeats a row of its segment; gradients that reach it are
+    dropped.
     """
     if side.in_order:
-        return (packed,)
+        return (packed.transpose(0, 1),)
     return _ToBuckets.apply(packed, side)
 
 
 def from_buckets(buckets: Sequence[Tensor], side: BucketSide) -> Tensor:
-    """Copy buckets [segments * length, ...] back into packed order [tokens, ...], differentiably.
+    """Copy buckets [heads, segments * length, channels] back to [tokens, heads, channels].
 
-    Tokens that are in no bucket are zero; padding rows are left out and get zero gradients.
+    Differentiable. Tokens that are in no bucket are zero; padding rows are left out and get
+    zero gradients.
     """
     if side.in_order:
-        return buckets[0]
+        return buckets[0].transpose(0, 1)
     return _FromBuckets.apply(side, *buckets)
 
 
+def _split(packed: Tensor, side: BucketSide) -> list[Tensor]:
+    heads_first = packed.transpose(0, 1)
+    return [heads_first.index_select(1, rows) for rows in side.gather]
+
+
 def _join(buckets: Sequence[Tensor], side: BucketSide) -> Tensor:
-    parts = list(buckets)
+    parts = [bucket.transpose(0, 1) for bucket in buckets]
     if side.has_unplaced:
         parts.append(parts[0].new_zeros(1, *parts[0].shape[1:]))
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return rows.index_select(0, side.scatter)
+    return torch.cat(parts).index_select(0, side.scatter)
 
 
 class _ToBuckets(torch.autograd.Function):
@@ -198,7 +203,7 @@ class _ToBuckets(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, side: BucketSide) -> tuple[Tensor, ...]:
         ctx.side = side
-        return tuple(packed.index_select(0, rows) for rows in side.gather)
+        return tuple(_split(packed, side))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -215,9 +220,9 @@ class _FromBuckets(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = []
-        for rows, padding in zip(ctx.side.gather, ctx.side.padding, strict=True):
-            bucket = grad.index_select(0, rows)
-            # Padding queries would otherwise send gradients to real keys.
-            grads.append(bucket if padding is None else bucket.index_fill_(0, padding, 0))
+        grads = _split(grad, ctx.side)
+        for bucket, padding in zip(grads, ctx.side.padding, strict=True):
+            if padding is not None:
+                # Padding queries would otherwise send gradients to real keys.
+                bucket.index_fill_(1, padding, 0)
         return None, *grads

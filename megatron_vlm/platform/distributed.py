@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -71,6 +72,7 @@ def detect_world() -> World:
 
 def start_distributed(world: World) -> torch.device:
     """Join the default process group (NCCL on GPUs, gloo on CPU); returns this rank's device."""
+    _quiet_engine()
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -95,6 +97,12 @@ def stop() -> None:
     stop_workers()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _quiet_engine() -> None:
+    # Deprecations and hints that the engine's calls set off in torch, on every rank.
+    for module in ("torch", "megatron"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
 
 
 def _integer(name: str, default: int | None = None) -> int:

@@ -203,13 +203,22 @@ def test_a_build_cut_short_never_looks_whole(
 ) -> None:
     build(tmp_path, [entry("q", "a")])
 
+    removed = []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        removed.append(path.name)
+        path.rename(path.with_name("removed")) if path.exists() else None
+
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
         patch.setattr(build_module, "write_atomic", full)
+        patch.setattr(Path, "unlink", unlink)
         with pytest.raises(DataError, match="cannot be written .No space left"):
             build(tmp_path, [entry("q", "b")], overwrite=True)
+    assert removed[0] == "dataset.json"  # before anything that it vouches for
+    (tmp_path / "set" / "removed").unlink()
     with pytest.raises(DataError, match=r"dataset\.json: missing"):
         open_dataset(tmp_path / "set")
     with pytest.raises(DataError, match="interrupted build left"):

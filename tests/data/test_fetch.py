@@ -118,6 +118,14 @@ def test_damaged_content_names_the_sample(tmp_path: Path) -> None:
         overwrite(shard, tokens + 128 + 4, np.int32(65).tobytes())
         with pytest.raises(DataError, match="sample 1 .*not what the index says"):
             reader.read_tokens(1)
+        # The flags follow the ids: a placeholder may not become a target in place of a token.
+        overwrite(shard, tokens + 128 + 4, np.int32(258).tobytes())
+        assert reader.read_tokens(1)[1, 1] == 0
+        flags = reader.read_tokens(1)[1].copy()
+        flags[[1, -1]] = 1, 0
+        overwrite(shard, tokens + 128 + flags.nbytes, flags.tobytes())
+        with pytest.raises(DataError, match="sample 1 .*not what the index says"):
+            reader.read_tokens(1)
         overwrite(shard, tokens, b"nonsense")
         with pytest.raises(DataError, match="sample 1 .*tokens are damaged"):
             reader.read_tokens(1)

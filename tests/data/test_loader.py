@@ -216,5 +216,6 @@ def test_closing_in_the_middle_of_a_fetch(index: DatasetIndex) -> None:
     timer = threading.Timer(0.1, reader.gate.set)
     timer.start()
     loader.close()
+    assert reader.gate.is_set()  # the fetch under way was waited for
     timer.join()
     assert not [t for t in threading.enumerate() if t.name == "step-loader"]

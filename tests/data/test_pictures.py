@@ -120,6 +120,14 @@ def test_damaged_pictures() -> None:
             check_picture(data)
 
 
+def test_checksums_are_checked_when_a_set_is_built() -> None:
+    data = bytearray(encoded(picture(8, 8)))
+    data[data.index(b"IEND") - 5] ^= 0xFF  # the last byte of the checksum of the pixels
+    decode_picture(bytes(data))
+    with pytest.raises(DataError, match="picture is damaged"):
+        check_picture(bytes(data))
+
+
 def test_programs_that_draw_are_not_pictures() -> None:
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
     with pytest.raises(DataError, match="UnidentifiedImageError"):

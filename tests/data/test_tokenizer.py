@@ -61,6 +61,7 @@ def test_foreign_tokenizer_gains_what_it_lacks(tmp_path: Path) -> None:
     for text in TEXTS:
         assert ids.isdisjoint(tokenizer.encode(text))
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert 0 not in tokenizer.encode("<unk>")  # nor can its own special tokens be spelled
     long = "the cat sat on the mat " * 20
     assert tokenizer.decode(tokenizer.encode(long)) == long  # neither cut nor padded
     again = Tokenizer.from_json(tokenizer.to_json())
