@@ -125,12 +125,12 @@ def packed_attention_with_mask_lengths(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plan = plan_buckets(q_lengths, kv_lengths, q.shape[1] * q.shape[2], q.device)
-    q_positions, kv_positions = q_positions.to(q.device), kv_positions.to(q.device)
+    q_places = to_buckets(q_positions.to(q.device)[:, None, None], plan, plan.q)
+    kv_places = to_buckets(kv_positions.to(q.device)[:, None, None], plan, plan.kv)
 
     def kernel(bucket: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        size = plan.sizes[bucket]
-        q_place = q_positions[plan.q.gather[bucket]].view(size, -1, 1)
-        kv_place = kv_positions[plan.kv.gather[bucket]].view(size, 1, -1)
+        q_place = q_places[bucket][0]
+        kv_place = kv_places[bucket][0].transpose(1, 2)
         padding = plan.key_padding[bucket]
         if padding is not None:
             kv_place = kv_place.masked_fill(padding[:, None, :], torch.iinfo(torch.int64).max)
@@ -167,21 +167,21 @@ def _attend_buckets(
 ) -> Tensor:
     """Run `kernel(bucket, q, k, v)` on [heads, segments, length, channels] for every bucket."""
     dtype = q.dtype
-    if not plan.sizes:
+    if not plan.groups:
         # Nothing to attend to, but gradients of zero must still reach every weight behind.
         nothing = (q.sum() + k.sum() + v.sum()) * 0
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) + nothing
     if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # The fused CPU kernel's half-precision backward is up to 20 times slower than float32.
         q, k, v = q.float(), k.float(), v.float()
-    outputs = []
     buckets = zip(
-        to_buckets(q, plan.q), to_buckets(k, plan.kv), to_buckets(v, plan.kv), strict=True
+        to_buckets(q, plan, plan.q),
+        to_buckets(k, plan, plan.kv),
+        to_buckets(v, plan, plan.kv),
+        strict=True,
     )
-    for bucket, rows in enumerate(buckets):
-        out = kernel(bucket, *(x.unflatten(1, (plan.sizes[bucket], -1)) for x in rows))
-        outputs.append(out.flatten(1, 2))
-    return from_buckets(outputs, plan.q).to(dtype)
+    outputs = [kernel(bucket, *rows) for bucket, rows in enumerate(buckets)]
+    return from_buckets(outputs, plan, plan.q).to(dtype)
 
 
 def _attend(

@@ -15,36 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BUCKET_OVERHEAD = 3e5
-"""What one more bucket costs, in score elements x heads x channels (measured on one CPU core)."""
+_BUCKET_COST = 6e5
+"""What one more bucket costs, in score elements x channels (measured on one CPU core)."""
+
+_COPY_COST = 15.0
+"""What copying one channel of one token into a bucket and back costs, in the same unit."""
 
 
 @dataclass(frozen=True, eq=False)
 class BucketSide:
-    """Where the rows of a packed tensor lie in the buckets, for the queries or for the keys."""
+    """Where the segments of a packed tensor lie in the buckets, for the queries or the keys."""
 
+    starts: tuple[int, ...]
+    """First packed row of each segment, and the number of rows."""
     lengths: tuple[int, ...]
     """Padded length of each bucket, in tokens."""
-    gather: tuple[Tensor, ...]
-    """Per bucket, int64 [segments * length]: the packed row of each padded row. A padding row
-    repeats the last row of its own segment, so that no value of another segment enters."""
+    gather: tuple[Tensor | None, ...]
+    """Per bucket, int64 [segments * length]: the packed row of each padded row; None where its
+    segments are neighbours of one length. A padding row repeats the last row of its own segment,
+    so that no value of another segment enters."""
     padding: tuple[Tensor | None, ...]
     """Per bucket, int64: which of its rows are padding; None where there are none."""
-    scatter: Tensor
-    """int64 [tokens]: the row of each token in the concatenation of all buckets. Tokens that
-    are in no bucket point at one more row, of zeros, after the last."""
-    has_unplaced: bool
-    """Whether some tokens are in no bucket."""
-    in_order: bool
-    """Whether the packed tensor already is the concatenation of the buckets."""
 
 
 @dataclass(frozen=True, eq=False)
 class BucketPlan:
     """Segments grouped into buckets; both sides list the same segments in the same order."""
 
-    sizes: tuple[int, ...]
-    """Segments of each bucket."""
+    groups: tuple[tuple[int, ...], ...]
+    """The segments of each bucket."""
+    places: tuple[tuple[int, int] | None, ...]
+    """Each segment's bucket and its row there; None for a segment without queries or keys."""
     q: BucketSide
     """The queries' rows."""
     kv: BucketSide
@@ -80,149 +81,158 @@ def plan_buckets(
     width: int,
     device: torch.device,
 ) -> BucketPlan:
-    """Group segments of similar length so that padding costs less than a further bucket.
+    """Group segments so that copying and padding cost less than the buckets they save.
 
     Args:
         q_lengths: tokens of each segment's queries.
-        kv_lengths: tokens of each segment's keys; `q_lengths` itself for self-attention.
-        width: heads x channels, the cost of one element of the score matrix.
+        kv_lengths: tokens of each segment's keys; equal to `q_lengths` for self-attention.
+        width: heads x channels.
         device: where the index tensors are made.
 
     A segment without queries or without keys is in no bucket.
     """
-    order = sorted(
-        (i for i, (q, kv) in enumerate(zip(q_lengths, kv_lengths, strict=True)) if q and kv),
-        key=lambda i: (-kv_lengths[i], -q_lengths[i], i),
-    )
-    groups: list[list[int]] = []
-    wasted = 0
-    q_longest = 0
-    for i in order:
-        if groups:
-            # The keys' longest comes first; a longer query lengthens every segment before it.
-            longest = max(q_longest, q_lengths[i])
-            kv_longest = kv_lengths[groups[-1][0]]
-            growth = (longest - q_longest) * kv_longest * len(groups[-1])
-            wasted += longest * kv_longest - q_lengths[i] * kv_lengths[i] + growth
-        if not groups or wasted * width > _BUCKET_OVERHEAD:
-            groups.append([])
-            wasted, longest = 0, q_lengths[i]
-        groups[-1].append(i)
-        q_longest = longest
-    for group in groups:
-        group.sort()
-    groups.sort()
+    groups = tuple(_group(q_lengths, kv_lengths, width))
+    places: list[tuple[int, int] | None] = [None] * len(q_lengths)
+    for bucket, group in enumerate(groups):
+        for row, segment in enumerate(group):
+            places[segment] = (bucket, row)
     q = _bucket_side(q_lengths, groups, device)
     kv = q if kv_lengths == q_lengths else _bucket_side(kv_lengths, groups, device)
-    return BucketPlan(
-        sizes=tuple(len(group) for group in groups),
-        q=q,
-        kv=kv,
-        key_padding=tuple(
-            None
-            if rows is None
-            else torch.zeros(len(group) * length, dtype=torch.bool, device=device)
-            .index_fill_(0, rows, True)
-            .view(len(group), length)
-            for group, length, rows in zip(groups, kv.lengths, kv.padding, strict=True)
-        ),
-    )
+    key_padding: list[Tensor | None] = []
+    for group, length, rows in zip(groups, kv.lengths, kv.padding, strict=True):
+        if rows is None:
+            key_padding.append(None)
+            continue
+        mask = torch.zeros(len(group) * length, dtype=torch.bool, device=device)
+        key_padding.append(mask.index_fill_(0, rows, True).view(len(group), length))
+    return BucketPlan(groups, tuple(places), q, kv, tuple(key_padding))
+
+
+def _group(
+    q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], width: int
+) -> list[tuple[int, ...]]:
+    """Long segments alone; short ones, longest first, until a bucket's padding outweighs it."""
+    alone: list[tuple[int, ...]] = []
+    groups: list[list[int]] = []
+    waste = q_longest = kv_longest = 0
+    order = sorted(range(len(q_lengths)), key=lambda i: (-kv_lengths[i], -q_lengths[i], i))
+    for i in order:
+        q, kv = q_lengths[i], kv_lengths[i]
+        if not q or not kv:
+            continue
+        if (q + kv) / 2 * width * _COPY_COST > _BUCKET_COST:
+            alone.append((i,))
+            continue
+        if groups:
+            # A longer query lengthens every segment that is there already.
+            growth = max(0, q - q_longest) * kv_longest * len(groups[-1])
+            waste += max(q, q_longest) * kv_longest - q * kv + growth
+        if not groups or waste * width > _BUCKET_COST:
+            groups.append([])
+            waste, q_longest, kv_longest = 0, q, kv
+        groups[-1].append(i)
+        q_longest = max(q, q_longest)
+    return alone + [tuple(sorted(group)) for group in groups]
 
 
 def _bucket_side(
-    lengths: tuple[int, ...], groups: list[list[int]], device: torch.device
+    lengths: tuple[int, ...], groups: tuple[tuple[int, ...], ...], device: torch.device
 ) -> BucketSide:
     starts = torch.tensor((0, *lengths)).cumsum(0)
     sizes = torch.tensor(lengths, dtype=torch.int64)
-    total = int(starts[-1])
     longest = tuple(max(lengths[i] for i in group) for group in groups)
-    padded_total = sum(len(group) * length for group, length in zip(groups, longest, strict=True))
-    scatter = torch.full((total,), padded_total, dtype=torch.int64)
-    gather, padding = [], []
-    offset = 0
+    gather: list[Tensor | None] = []
+    padding: list[Tensor | None] = []
     for group, length in zip(groups, longest, strict=True):
+        if group[-1] - group[0] == len(group) - 1 and len({lengths[i] for i in group}) == 1:
+            gather.append(None)
+            padding.append(None)
+            continue
         members = torch.tensor(group)
         within = torch.arange(length)
-        real = (within < sizes[members, None]).flatten()
+        surplus = (within >= sizes[members, None]).flatten().nonzero().flatten()
         rows = starts[members, None] + torch.minimum(within, sizes[members, None] - 1)
-        rows = rows.flatten()
-        scatter[rows[real]] = offset + real.nonzero().flatten()
-        offset += rows.numel()
-        gather.append(rows.to(device))
-        padding.append(None if bool(real.all()) else (~real).nonzero().flatten().to(device))
-    return BucketSide(
-        lengths=longest,
-        gather=tuple(gather),
-        padding=tuple(padding),
-        scatter=scatter.to(device),
-        has_unplaced=bool((scatter == padded_total).any()),
-        in_order=len(groups) == 1
-        and padded_total == total
-        and bool((scatter == torch.arange(total)).all()),
-    )
+        gather.append(rows.flatten().to(device))
+        padding.append(surplus.to(device) if surplus.numel() else None)
+    return BucketSide(tuple(starts.tolist()), longest, tuple(gather), tuple(padding))
 
 
-def to_buckets(packed: Tensor, side: BucketSide) -> tuple[Tensor, ...]:
-    """Copy a packed tensor [tokens, heads, channels] into its buckets, differentiably.
+def to_buckets(packed: Tensor, plan: BucketPlan, side: BucketSide) -> tuple[Tensor, ...]:
+    """A packed tensor [tokens, heads, channels] in buckets, differentiably.
 
-    Bucket i comes back heads first, [heads, segments * length, channels], as batched matrix
-    products want it. A padding row repeats a row of its segment; gradients that reach it are
-    dropped.
+    Each bucket comes back heads first, [heads, segments, length, channels], as matrix products
+    want it; neighbours of one length are a view. A padding row repeats a row of its segment, and
+    gradients that reach it are dropped.
     """
-    if side.in_order:
-        return (packed.transpose(0, 1),)
-    return _ToBuckets.apply(packed, side)
+    if len(plan.groups) == 1 and side.gather[0] is None and None not in plan.places:
+        return tuple(_split(packed, plan, side))
+    return _ToBuckets.apply(packed, plan, side)
 
 
-def from_buckets(buckets: Sequence[Tensor], side: BucketSide) -> Tensor:
-    """Copy buckets [heads, segments * length, channels] back to [tokens, heads, channels].
+def from_buckets(buckets: Sequence[Tensor], plan: BucketPlan, side: BucketSide) -> Tensor:
+    """Buckets [heads, segments, length, channels] back as [tokens, heads, channels].
 
-    Differentiable. Tokens that are in no bucket are zero; padding rows are left out and get
+    Differentiable. Segments that are in no bucket are zero; padding rows are left out and get
     zero gradients.
     """
-    if side.in_order:
-        return buckets[0].transpose(0, 1)
-    return _FromBuckets.apply(side, *buckets)
+    if len(plan.groups) == 1 and side.gather[0] is None and None not in plan.places:
+        return buckets[0].permute(1, 2, 0, 3).flatten(0, 1)
+    return _FromBuckets.apply(plan, side, *buckets)
 
 
-def _split(packed: Tensor, side: BucketSide) -> list[Tensor]:
+def _split(packed: Tensor, plan: BucketPlan, side: BucketSide) -> list[Tensor]:
     heads_first = packed.transpose(0, 1)
-    return [heads_first.index_select(1, rows) for rows in side.gather]
+    buckets = []
+    for group, length, rows in zip(plan.groups, side.lengths, side.gather, strict=True):
+        if rows is None:
+            bucket = heads_first.narrow(1, side.starts[group[0]], len(group) * length)
+        else:
+            bucket = heads_first.index_select(1, rows)
+        buckets.append(bucket.unflatten(1, (len(group), length)))
+    return buckets
 
 
-def _join(buckets: Sequence[Tensor], side: BucketSide) -> Tensor:
-    parts = [bucket.transpose(0, 1) for bucket in buckets]
-    if side.has_unplaced:
-        parts.append(parts[0].new_zeros(1, *parts[0].shape[1:]))
-    return torch.cat(parts).index_select(0, side.scatter)
+def _join(buckets: Sequence[Tensor], plan: BucketPlan, side: BucketSide) -> Tensor:
+    segments = [bucket.permute(1, 2, 0, 3).unbind() for bucket in buckets]
+    parts = []
+    for i, place in enumerate(plan.places):
+        length = side.starts[i + 1] - side.starts[i]
+        if place is None:
+            like = segments[0][0]
+            parts.append(like.new_zeros(length, *like.shape[1:]))
+        else:
+            parts.append(segments[place[0]][place[1]].narrow(0, 0, length))
+    return torch.cat(parts)
 
 
 class _ToBuckets(torch.autograd.Function):
-    """Each token lies in one place, so both directions are gathers: no accumulation."""
+    """Each token lies in one place, so neither direction accumulates."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, side: BucketSide) -> tuple[Tensor, ...]:
-        ctx.side = side
-        return tuple(_split(packed, side))
+    def forward(
+        ctx: Any, packed: Tensor, plan: BucketPlan, side: BucketSide
+    ) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.side = plan, side
+        return tuple(_split(packed, plan, side))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _join(grads, ctx.side), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _join(grads, ctx.plan, ctx.side), None, None
 
 
 class _FromBuckets(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, side: BucketSide, *buckets: Tensor) -> Tensor:
-        ctx.side = side
-        return _join(buckets, side)
+    def forward(ctx: Any, plan: BucketPlan, side: BucketSide, *buckets: Tensor) -> Tensor:
+        ctx.plan, ctx.side = plan, side
+        return _join(buckets, plan, side)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _split(grad, ctx.side)
+        grads = _split(grad, ctx.plan, ctx.side)
         for bucket, padding in zip(grads, ctx.side.padding, strict=True):
             if padding is not None:
                 # Padding queries would otherwise send gradients to real keys.
-                bucket.index_fill_(1, padding, 0)
-        return None, *grads
+                bucket.flatten(1, 2).index_fill_(1, padding, 0)
+        return None, None, *grads

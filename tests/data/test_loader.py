@@ -7,8 +7,10 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from megatron_vlm.data.collate import TextBatch, collate_pictures, collate_text
 from megatron_vlm.data.fetch import SampleReader
@@ -153,31 +155,33 @@ def test_faults_surface_after_the_good_steps(
         assert raised.value is fault
 
 
-class CountingReader(SampleReader):
-    """Counts the steps begun: in these tests a step reads its first tokens once."""
+class GatedReader(SampleReader):
+    """Reads tokens only once its gate is open, and counts how often."""
 
     def __init__(self, index: DatasetIndex) -> None:
         super().__init__(index)
         self.reads = 0
+        self.entered = threading.Event()
         self.gate = threading.Event()
 
-    def read_tokens(self, sample: int):  # type: ignore[no-untyped-def]
-        self.gate.wait()
+    def read_tokens(self, sample: int) -> NDArray[np.int32]:
+        self.entered.set()
+        assert self.gate.wait(60)
         self.reads += 1
         return super().read_tokens(sample)
 
 
-def settled(reader: CountingReader) -> int:
-    """Reads once they have stopped growing."""
-    before = -1
-    while before != reader.reads:
-        before = reader.reads
-        time.sleep(0.15)
-    return before
+def settles_at(reader: GatedReader, expected: int) -> bool:
+    """True if the reads reach the number, however slow the machine, and stay there."""
+    deadline = time.monotonic() + 60
+    while reader.reads < expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    return reader.reads == expected
 
 
 def test_no_more_than_asked_is_fetched_ahead(index: DatasetIndex) -> None:
-    reader = CountingReader(index)
+    reader = GatedReader(index)
     reader.gate.set()
     source = source_of(index)
     per_step = [
@@ -186,36 +190,33 @@ def test_no_more_than_asked_is_fetched_ahead(index: DatasetIndex) -> None:
     ]
     view = RankView(0, 1, 0, 1, True)
     with loader_of(index, view, reader=reader, prefetch_steps=2) as loader:
-        assert settled(reader) == sum(per_step[:2])
+        assert settles_at(reader, sum(per_step[:2]))
         next(loader)
-        assert settled(reader) == sum(per_step[:3])
+        assert settles_at(reader, sum(per_step[:3]))
 
 
-def test_waiting_is_counted_and_closing_joins(index: DatasetIndex) -> None:
-    reader = CountingReader(index)
-    view = RankView(0, 1, 0, 1, True)
-    loader = loader_of(index, view, reader=reader)
-    timer = threading.Timer(0.2, reader.gate.set)
-    timer.start()
-    next(loader)
-    timer.join()
-    assert loader.wait_seconds >= 0.15
-    settled(reader)
-    waited = loader.wait_seconds
-    next(loader)
-    assert loader.wait_seconds - waited < 0.1
-    loader.close()
-    loader.close()
-    assert not [t for t in threading.enumerate() if t.name == "step-loader"]
-    assert next(loader, None) is None
+def test_waiting_is_counted(index: DatasetIndex) -> None:
+    reader = GatedReader(index)
+    with loader_of(index, RankView(0, 1, 0, 1, True), reader=reader) as loader:
+        assert reader.entered.wait(60)
+        timer = threading.Timer(0.3, reader.gate.set)
+        started = time.perf_counter()
+        timer.start()
+        next(loader)
+        elapsed = time.perf_counter() - started
+        assert 0.1 <= loader.wait_seconds <= elapsed
+        waited = loader.wait_seconds
+        time.sleep(0.1)
+        assert loader.wait_seconds == waited  # the consumer's own time does not count
 
 
 def test_closing_in_the_middle_of_a_fetch(index: DatasetIndex) -> None:
-    reader = CountingReader(index)
+    reader = GatedReader(index)
     loader = loader_of(index, RankView(0, 1, 0, 1, True), reader=reader)
-    timer = threading.Timer(0.1, reader.gate.set)
-    timer.start()
+    assert reader.entered.wait(60)
+    threading.Timer(0.2, reader.gate.set).start()
     loader.close()
     assert reader.gate.is_set()  # the fetch under way was waited for
-    timer.join()
     assert not [t for t in threading.enumerate() if t.name == "step-loader"]
+    assert next(loader, None) is None
+    loader.close()

@@ -1,0 +1,1 @@
+"""The picture encoder: a NaViT of any resolution, and its FLOPs."""

@@ -1,0 +1,25 @@
+"""Forward FLOPs of the encoder, two per multiply-add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_vlm.config.schema import VisionConfig
+
+
+def encoder_flops(
+    grid_hw: Iterable[tuple[int, int]], vision: VisionConfig, language_hidden_size: int
+) -> float:
+    """Trunk and adapter over pictures of these patch grids: matrix products and attention."""
+    hidden = vision.hidden_size
+    block = 4 * hidden * hidden + 3 * hidden * vision.ffn_hidden_size
+    embed = vision.in_channels * vision.patch_size**2 * hidden
+    merged = vision.spatial_merge_size**2
+    joined = hidden * merged
+    per_patch = embed + vision.num_layers * block
+    per_patch += joined * (joined + language_hidden_size) / merged
+    total = 0.0
+    for height, width in grid_hw:
+        patches = height * width
+        total += 2 * patches * per_patch + vision.num_layers * 4 * hidden * patches**2
+    return total
