@@ -50,10 +50,17 @@ class Progress:
 class Checkpointer:
     """Saves a run under `run_dir/checkpoints`."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, tokenizer_json: str) -> None:
+        """Nothing is written yet.
+
+        Args:
+            config: the run; checkpoints carry it.
+            tokenizer_json: the data set's `tokenizer.json`; checkpoints carry it too.
+        """
         settings = config.checkpoint
         self.root = Path(config.run_dir) / "checkpoints"
         self._config = config
+        self._texts = {"config.yaml": dump_yaml(config), folder.TOKENIZER: tokenizer_json}
         self._writer = CheckpointWriter(
             self.root, settings.async_save, settings.keep_last, settings.keep_every
         )
@@ -81,7 +88,7 @@ class Checkpointer:
                 "python": platform.python_version(),
             },
         }
-        self._writer.write(progress.iteration, tensors, state, dump_yaml(self._config))
+        self._writer.write(progress.iteration, tensors, state, self._texts)
 
     def poll(self) -> None:
         """Finish an asynchronous save that is done; collective."""

@@ -6,8 +6,8 @@
         latest_checkpointed_iteration.txt
 
 A checkpoint holds the engine's sharded files (`__0_0.distcp`, `.metadata`, `common.pt`,
-`metadata.json`), `state.json` (counters, model, versions), `config.yaml` (resolved), and
-`manifest.json` (size and SHA-256 of every other file).
+`metadata.json`), `state.json` (counters, model, versions), `config.yaml` (resolved),
+`tokenizer.json`, and `manifest.json` (size and SHA-256 of every other file).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megatron_vlm.errors import CheckpointError
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+TOKENIZER = "tokenizer.json"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"iter_(\d{7,})$")
 _BLOCK = 1 << 22

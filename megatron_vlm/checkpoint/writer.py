@@ -35,9 +35,13 @@ class CheckpointWriter:
         self._validated = False
 
     def write(
-        self, iteration: int, tensors: dict[str, Any], state: dict[str, Any], config_yaml: str
+        self,
+        iteration: int,
+        tensors: dict[str, Any],
+        state: dict[str, Any],
+        texts: dict[str, str],
     ) -> None:
-        """Save sharded tensors and a JSON-able state; collective.
+        """Save sharded tensors, a JSON-able state and text files by name; collective.
 
         Synchronous: whole on disk when this returns. Asynchronous: `poll` finishes it later.
 
@@ -47,7 +51,7 @@ class CheckpointWriter:
         """
         self.wait()
         path = folder.incomplete_path(self._root, iteration)
-        self._together(iteration, lambda: _begin(path, state, config_yaml))
+        self._together(iteration, lambda: _begin(path, state, texts))
         # Once a run: that every element of every tensor has exactly one owner.
         sharded, _ = save_preprocess(tensors, validate_access_integrity=not self._validated)
         self._validated = True
@@ -160,7 +164,7 @@ class _Finish:
         folder.remove_old(root, *self._writer._keep)
 
 
-def _begin(path: Path, state: dict[str, Any], config_yaml: str) -> None:
+def _begin(path: Path, state: dict[str, Any], texts: dict[str, str]) -> None:
     if dist.get_rank() != 0:
         return
     shutil.rmtree(path, ignore_errors=True)
@@ -169,7 +173,8 @@ def _begin(path: Path, state: dict[str, Any], config_yaml: str) -> None:
     torch.save({}, path / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
     folder.write_atomically(path / folder.STATE, json.dumps(state, indent=1))
-    folder.write_atomically(path / "config.yaml", config_yaml)
+    for name, text in texts.items():
+        folder.write_atomically(path / name, text)
 
 
 def _write_now(request: AsyncRequest) -> None:

@@ -67,7 +67,7 @@ def detect_world() -> World:
         )
     if any(name in env for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
         return _checked(_from_mpi())
-    return World(0, 1, 0, "alone", "127.0.0.1", _free_port())
+    return World(0, 1, 0, "alone", "127.0.0.1", free_port())
 
 
 def start_distributed(world: World) -> torch.device:
@@ -162,14 +162,15 @@ def _from_mpi() -> World:
             "for another MPI than the one that provides mpirun"
         )
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    address = (socket.gethostname(), _free_port()) if comm.rank == 0 else None
+    address = (socket.gethostname(), free_port()) if comm.rank == 0 else None
     if comm.size == local.size:
         address = ("127.0.0.1", address[1]) if address else None
     host, port = comm.bcast(address, root=0)
     return World(comm.rank, comm.size, local.rank, "mpirun", host, port)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port on loopback that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

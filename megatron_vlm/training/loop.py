@@ -79,7 +79,8 @@ class Run:
         model = build_model(config, topology)
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
-        self.checkpointer = Checkpointer(config)
+        tokenizer = training_set.source.index.tokenizer_path.read_text()
+        self.checkpointer = Checkpointer(config, tokenizer)
         self.progress = self._restore()
         self.step = TrainStep(
             config,

@@ -1,0 +1,232 @@
+"""Greedy answers from one process, whatever layout trained the checkpoint.
+
+Questions are packed side by side like training samples and every token is decoded from a full
+forward pass: no cache of keys and values, so exactly the code that trains is what answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_vlm.checkpoint.checkpointer import Progress, load_model
+from megatron_vlm.checkpoint.folder import TOKENIZER, find_checkpoint
+from megatron_vlm.config import ParallelConfig, RecomputeConfig, RunConfig, load_recipe
+from megatron_vlm.data.chat import encode_prompt
+from megatron_vlm.data.geometry import grid, num_image_tokens, target_size
+from megatron_vlm.data.pictures import decode_picture, patches
+from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.errors import DataError
+from megatron_vlm.models.initialize import initialize
+from megatron_vlm.models.language.packing import PackedRows
+from megatron_vlm.models.vlm import VisionLanguageModel, build_model
+from megatron_vlm.platform import World, start_distributed, stop
+from megatron_vlm.platform.distributed import free_port
+from megatron_vlm.topology.layout import resolve_layout
+from megatron_vlm.topology.mesh import build_topology, destroy_topology
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt and the encoded pictures it refers to."""
+
+    text: str
+    pictures: tuple[bytes, ...] = ()
+    """Files as they are on disk (PNG, JPEG, ...)."""
+
+
+@dataclass
+class _Prompt:
+    ids: list[int]
+    """Token ids, each picture as its number of placeholders."""
+    features: torch.Tensor
+    """[picture tokens, hidden]."""
+    places: NDArray[np.int64]
+    """[picture tokens] where they stand in `ids`."""
+
+
+class Answerer:
+    """A loaded model in a process group of its own; a context manager."""
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None) -> None:
+        """Build the model of `config` in this process and fill it.
+
+        Args:
+            config: the run; its layout is replaced by one process.
+            tokenizer: the one it was trained with.
+            checkpoint: weights to load; null leaves the initial ones of training.seed.
+        """
+        one = config.model_copy(
+            update={"parallel": ParallelConfig(), "recompute": RecomputeConfig()}
+        )
+        layout = resolve_layout(one, 1)
+        device = start_distributed(World(0, 1, 0, "alone", "127.0.0.1", free_port()))
+        self.topology = build_topology(layout, device)
+        self.config, self.tokenizer = one, tokenizer
+        self.model: VisionLanguageModel = build_model(one, self.topology)
+        self.progress = Progress()
+        if checkpoint is None:
+            initialize(self.model.sharded_state_dict(), one.model, one.training.seed)
+        else:
+            self.progress = load_model(checkpoint, self.model, one)
+        (self._decoder,) = self.model.chunks
+        # Only the last position of each prompt goes through the output layer.
+        self._decoder.output = "hidden"
+        self._decoder.eval()
+        if self.model.encoder is not None:
+            self.model.encoder.eval()
+
+    @classmethod
+    def from_checkpoint(cls, path: Path) -> Answerer:
+        """Load a run folder or a checkpoint, which carry their configuration and tokenizer.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        found = find_checkpoint(path)
+        config = load_recipe(found / "config.yaml")
+        return cls(config, Tokenizer.load(found / TOKENIZER), found)
+
+    def __enter__(self) -> Answerer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        destroy_topology()
+        stop()
+
+    @torch.no_grad()
+    def answer(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int = 64,
+        batch_tokens: int = 4096,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """The most likely answer to each question, token by token.
+
+        Args:
+            questions: prompts with their pictures.
+            max_new_tokens: longest answer.
+            batch_tokens: tokens packed into one forward pass, answers included.
+            on_batch: told how many more questions are done.
+
+        Raises:
+            DataError: a picture cannot be read, or a prompt is longer than the model allows.
+        """
+        prompts = [self._prompt(question) for question in questions]
+        answers: list[str] = []
+        start = 0
+        while start < len(prompts):
+            stop_at = start + 1
+            total = len(prompts[start].ids) + max_new_tokens
+            while stop_at < len(prompts):
+                total += len(prompts[stop_at].ids) + max_new_tokens
+                if total > batch_tokens:
+                    break
+                stop_at += 1
+            answers += self._decode(prompts[start:stop_at], max_new_tokens)
+            if on_batch is not None:
+                on_batch(stop_at - start)
+            start = stop_at
+        return answers
+
+    def _prompt(self, question: Question) -> _Prompt:
+        vision, encoder = self.config.model.vision, self.model.encoder
+        ids = encode_prompt(self.tokenizer, question.text, len(question.pictures))
+        hidden = self.config.model.language.hidden_size
+        features = torch.zeros(0, hidden)
+        counts: list[int] = []
+        if question.pictures:
+            if vision is None or encoder is None:
+                raise DataError("the model has no encoder; expected a question without pictures")
+            pixels, grids = [], []
+            for encoded in question.pictures:
+                image = decode_picture(encoded)
+                height, width = target_size(*image.shape[:2], vision)
+                rows, columns = grid(height, width, vision)
+                pixels.append(torch.from_numpy(patches(image, rows, columns, vision)))
+                grids.append((rows, columns))
+                counts.append(num_image_tokens(rows, columns, vision))
+            parameter = next(encoder.parameters())
+            features = encoder(torch.cat(pixels).to(parameter), torch.tensor(grids))
+        expanded, places = _expand(ids, counts, self.tokenizer.image_id)
+        limit = self.config.model.language.max_position_embeddings
+        if len(expanded) >= limit:
+            raise DataError(
+                f"the prompt has {len(expanded)} tokens with its pictures; expected fewer than "
+                f"max_position_embeddings {limit}: use smaller pictures or a shorter text"
+            )
+        return _Prompt(expanded, features, places)
+
+    def _decode(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> list[str]:
+        ends = {self.tokenizer.eos_id, self.tokenizer.special("<|end|>")}
+        given: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            # Those that have ended leave the batch.
+            chosen = self._next_tokens([prompts[i] for i in active], [given[i] for i in active])
+            for i, token in zip(active, chosen, strict=True):
+                given[i].append(token)
+            active = [i for i in active if given[i][-1] not in ends]
+            if not active:
+                break
+        return [self.tokenizer.decode([t for t in ids if t not in ends]) for ids in given]
+
+    def _next_tokens(self, prompts: list[_Prompt], given: list[list[int]]) -> list[int]:
+        device = self.topology.device
+        lengths = [len(p.ids) + len(g) for p, g in zip(prompts, given, strict=True)]
+        bounds = np.concatenate(([0], np.cumsum(lengths)))
+        tokens = [t for p, g in zip(prompts, given, strict=True) for t in (*p.ids, *g)]
+        cu_seqlens = torch.from_numpy(bounds.astype(np.int32)).to(device)
+        rows = PackedRows(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+        )
+        places = [p.places + start for p, start in zip(prompts, bounds, strict=False)]
+        ids = torch.tensor(tokens, device=device).unsqueeze(0)
+        features = torch.cat([p.features.to(device) for p in prompts])
+        where = torch.from_numpy(np.concatenate(places)).to(device)
+        decoder = self._decoder
+        hidden = decoder(
+            input_ids=ids,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=decoder.embed(ids, features, where),
+            packed_seq_params=rows,
+        )
+        last = hidden[0, torch.from_numpy(bounds[1:] - 1).to(device)].unsqueeze(1)
+        tied = decoder.share_embeddings_and_output_weights
+        weight = decoder.shared_embedding_or_output_weight() if tied else None
+        logits, _ = decoder.output_layer(last, weight=weight)
+        # Rows of the embedding beyond the tokenizer's are padding: never an answer.
+        return logits[:, 0, : self.tokenizer.vocab_size].argmax(dim=-1).tolist()
+
+
+def _expand(
+    ids: Sequence[int], counts: Sequence[int], image_id: int
+) -> tuple[list[int], NDArray[np.int64]]:
+    """Repeat each placeholder as often as its picture has tokens; also where those stand."""
+    expanded: list[int] = []
+    remaining = iter(counts)
+    for token in ids:
+        expanded += [token] * (next(remaining) if token == image_id else 1)
+    places = np.flatnonzero(np.asarray(expanded) == image_id).astype(np.int64)
+    return expanded, places
