@@ -28,6 +28,13 @@ def build_text_data(folder: Path) -> Path:
     return folder
 
 
+def build_sparse_data(folder: Path) -> Path:
+    """Pictures in one sample of thirty: steps, ranks and micro-batches without any."""
+    _build(folder, "train", count=150, seed=5, pictures=(0,) * 10 + (1,) + (0,) * 19)
+    _build(folder, "held_out", count=10, seed=6, pictures=(0,))
+    return folder
+
+
 def _build(
     folder: Path, name: str, count: int, seed: int, pictures: tuple[int, ...] = (0, 1, 1, 2, 0, 3)
 ) -> None:

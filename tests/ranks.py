@@ -79,8 +79,12 @@ def _child(function: Callable[..., Any], world: World, args: tuple, folder: str)
     status = 0
     try:
         outcome: dict[str, Any] = {"result": function(world, *args)}
-    except BaseException as error:
-        outcome = {"error": traceback.format_exc(), "type": type(error).__name__, "text": str(error)}
+    except BaseException:
+        outcome = {
+            "error": traceback.format_exc(),
+            "type": type(error).__name__,
+            "text": str(error),
+        }
         status = 1
     temporary = Path(folder) / f"{world.rank}.part"
     torch.save(outcome, temporary)

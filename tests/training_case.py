@@ -27,6 +27,8 @@ class Outcome:
     balance: list[float | None]
     parameters: dict[str, torch.Tensor]
     metrics: list[dict[str, Any]]
+    routing: list[dict[int, list[float]]] = field(default_factory=list)
+    """Per step: tokens that each expert of each layer received."""
     extra: list[Any] = field(default_factory=list)
 
 
@@ -55,12 +57,17 @@ def train_case(config: RunConfig, world_size: int = 1, **options: Any) -> Outcom
         balance=[entry.get("load_balancing_loss") for entry in metrics],
         parameters=assemble([result["parts"] for result in results]),
         metrics=metrics,
+        routing=[
+            {layer: counts for part in step for layer, counts in part.items()}
+            for step in zip(*(result["routing"] for result in results), strict=True)
+        ],
         extra=[result["extra"] for result in results],
     )
 
 
 def _train(world: World, config: RunConfig) -> dict[str, Any]:
     # Here and not at the top: these import the engine, which must stay out of test collection.
+    from megatron_vlm.engine.routers import routers
     from megatron_vlm.training.datasets import open_held_out_sets, open_training_set
     from megatron_vlm.training.loop import Run
 
@@ -68,15 +75,22 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     training_set, held_out = open_training_set(config), open_held_out_sets(config)
     topology = build_topology(layout, start_distributed(world))
     seen: list[dict[str, Any]] = []
+    routing: list[dict[int, list[float]]] = []
     run = Run(config, topology, training_set, held_out)
-    run.run(on_step=lambda metrics: seen.append(dict(metrics)))
+
+    def observe(metrics: dict[str, Any]) -> None:
+        seen.append(dict(metrics))
+        found = routers(run.step.model.chunks)
+        routing.append({r.layer_number: r.tokens_per_expert.tolist() for r in found})
+
+    run.run(on_step=observe)
     run.trainable.gather_parameters()
     parts = local_parts(run.step.model.sharded_state_dict())
     extra = {"bytes_read": run.data.reader.bytes_read, "device": str(topology.device)}
     dist.barrier()
     destroy_topology()
     stop()
-    return {"metrics": seen, "parts": parts, "extra": extra}
+    return {"metrics": seen, "parts": parts, "routing": routing, "extra": extra}
 
 
 def local_parts(sharded: dict[str, Any]) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
@@ -87,7 +101,9 @@ def local_parts(sharded: dict[str, Any]) -> list[tuple[str, tuple, tuple, torch.
 
     parts = []
     for entry in sharded.values():
-        pieces = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+        pieces = (
+            nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+        )
         for piece in pieces:
             if isinstance(piece, ShardedTensor):
                 value = piece.data.detach().clone()

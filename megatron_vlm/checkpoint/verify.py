@@ -19,7 +19,10 @@ _MODULES = {
 _ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    *(("torch", name) for name in "float64 float32 float16 bfloat16 int64 int32 uint8 bool".split()),
+    *(
+        ("torch", name)
+        for name in "float64 float32 float16 bfloat16 int64 int32 uint8 bool".split()
+    ),
 }
 
 

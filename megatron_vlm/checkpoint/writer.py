@@ -109,7 +109,9 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
     failure: Exception | None = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any
+    ) -> AsyncRequest:
         write_index = writer.finish
 
         def finish(metadata: Any, results: Any) -> None:

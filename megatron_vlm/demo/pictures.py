@@ -28,12 +28,16 @@ would be enlarged before encoding, and a digit would cover more than one token."
 MAX_DIGITS = 5
 """Most digits in one picture. Our choice."""
 
-GAP_CHANCE = 0.15
-"""Chance that blank cells stand between the digits of a grid picture. Our choice: often enough
-to be learned, rare enough that most pictures teach reading itself."""
+LEFT_BLANKS = (0, 0, 0, 0, 0, 0, 0, 0, 1, 2)
+"""Blank cells before the first digit, drawn evenly. Our choice: a small decoder learns where the
+digits start more slowly than how they look, so most pictures begin with a digit."""
 
-_SIDE_BLANKS = (0, 0, 0, 0, 0, 0, 1, 1, 1, 2)  # blank cells on either side, drawn evenly
-_ROWS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 3)  # rows of cells, drawn evenly
+RIGHT_BLANKS = (0, 0, 0, 0, 0, 0, 1, 1, 1, 2)
+"""Blank cells after the last digit, drawn evenly. Our choice."""
+
+ROWS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 3)
+"""Rows of cells, of which one holds the digits, drawn evenly. Our choice."""
+
 _CROP_PIXELS = (3136, 12544)  # 4 to 16 language tokens, so that photographs stay cheap
 
 
@@ -52,23 +56,19 @@ def reading(values: list[int]) -> str:
 
 
 def digits_on_grid(material: Material, rng: np.random.Generator) -> tuple[Drawn, list[int]]:
-    """One row of 1 to MAX_DIGITS digits, each in its own cell, with blank cells around.
+    """1 to MAX_DIGITS digits side by side, each in its own cell, with blank cells around.
 
     Height and width are multiples of CELL. Returns the picture, answered by its reading, and
     the digits from left to right. Provenance: `digits` (rows of `load_digits`) and `cells`
     (row and column of each, in cells).
     """
     count = int(rng.integers(1, MAX_DIGITS + 1))
-    left, right = (_SIDE_BLANKS[at] for at in rng.integers(0, len(_SIDE_BLANKS), size=2))
-    gaps = int(rng.integers(1, 3)) if count > 1 and rng.random() < GAP_CHANCE else 0
-    rows = _ROWS[int(rng.integers(0, len(_ROWS)))]
-    used = left + count + gaps + right
+    left, right, rows = (_pick(choices, rng) for choices in (LEFT_BLANKS, RIGHT_BLANKS, ROWS))
+    used = left + count + right
     columns = max(used, math.ceil(MIN_CELLS / rows))
-    offset = left + int(rng.integers(0, columns - used + 1))
+    first = left + int(rng.integers(0, columns - used + 1))
     row = int(rng.integers(0, rows))
-    # The first digit keeps its place; the gaps fall anywhere after it.
-    inner = np.sort(rng.choice(count + gaps - 1, size=count - 1, replace=False)) + 1
-    places = [offset, *(offset + int(step) for step in inner)]
+    places = range(first, first + count)
 
     canvas, ink = _paper(rows * CELL, columns * CELL, rng)
     chosen = rng.integers(0, len(material.digits.values), size=count)
@@ -162,6 +162,10 @@ def text_line(material: Material, rng: np.random.Generator) -> Drawn:
         "font_size": size,
     }
     return Drawn(_picture(canvas), piece.words, provenance)
+
+
+def _pick(choices: tuple[int, ...], rng: np.random.Generator) -> int:
+    return choices[int(rng.integers(0, len(choices)))]
 
 
 def _paper(height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

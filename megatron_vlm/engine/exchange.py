@@ -133,7 +133,12 @@ class FeatureExchange:
     """Carries out one step's exchange and its way back."""
 
     def __init__(
-        self, plan: ExchangePlan, layout: Layout, rank: int, hidden_size: int, dtype: torch.dtype,
+        self,
+        plan: ExchangePlan,
+        layout: Layout,
+        rank: int,
+        hidden_size: int,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._plan, self._hidden, self._dtype, self._device = plan, hidden_size, dtype, device

@@ -70,9 +70,7 @@ class NextToken(Objective):
         return {"lm_loss": -(label_log_probs(output, batch, self.topology) * batch.loss_mask).sum()}
 
 
-def label_log_probs(
-    logits: torch.Tensor, batch: MicroBatch, topology: Topology
-) -> torch.Tensor:
+def label_log_probs(logits: torch.Tensor, batch: MicroBatch, topology: Topology) -> torch.Tensor:
     """Log-probability of each label: `[1, tokens / cp]` from `[1, tokens / cp, vocab / tp]`."""
     assert batch.labels is not None
     return token_log_probs(logits, batch.labels, topology.language.tp)

@@ -14,7 +14,10 @@ from megatron_vlm.topology.mesh import Topology
 def routers(chunks: list[LanguageModel]) -> list[SigmoidRouter]:
     """The routers of this rank's layers, in order."""
     return [
-        module for chunk in chunks for module in chunk.modules() if isinstance(module, SigmoidRouter)
+        module
+        for chunk in chunks
+        for module in chunk.modules()
+        if isinstance(module, SigmoidRouter)
     ]
 
 

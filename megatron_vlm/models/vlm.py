@@ -104,5 +104,3 @@ def _mark_shards(state: dict[str, Any]) -> None:
 def has_gradients(module: torch.nn.Module) -> bool:
     """Whether any parameter of `module` is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
-
-

@@ -1,18 +1,15 @@
 """Attention over packed segments: no token sees another segment.
 
-On CUDA in half precision torch's variable-length attention does it. Everywhere else segments of
-similar length are padded into batches (`segments.py`); short ones go through plain matrix
-products, which on CPU are about twice as fast there as the fused kernel, long ones through
-`scaled_dot_product_attention`, which never holds the score matrix.
+On CUDA in half precision torch's variable-length attention does it. Everywhere else the
+segments become a few padded batches (`segments.py`) for `scaled_dot_product_attention`, whose
+fused kernels never hold the score matrix.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +23,8 @@ from megatron_vlm.ops.segments import (
     to_buckets,
 )
 
-_DENSE_SCORES = 128 * 128
-"""Largest score matrix of one head that the plain products make (measured on one CPU core)."""
+_VARLEN_MAX_CHANNELS = 256
+"""Widest head that flash attention accepts."""
 
 
 def packed_attention(
@@ -64,14 +61,15 @@ def packed_attention(
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k has {k.shape[0]} tokens and q has {q.shape[0]}; they must be equal")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _varlen_available(q) and q.shape[0]:
+    if _varlen_fits(q, v):
         return _varlen(q, k, v, cu_seqlens, causal, scale, max_seqlen)
     lengths = lengths_from_cu_seqlens(cu_seqlens, q.shape[0])
     plan = plan_buckets(lengths, lengths, q.shape[1] * q.shape[2], q.device)
 
     def kernel(bucket: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Padding sits at the end of a segment: under a causal mask no real query sees it.
         padding = None if causal else plan.key_padding[bucket]
-        visible = None if padding is None else ~padding[:, None, :]
+        visible = None if padding is None else ~padding[:, None, None, :]
         return _attend(q, k, v, scale, visible, causal)
 
     return _attend_buckets(q, k, v, plan, kernel)
@@ -105,7 +103,7 @@ def packed_attention_with_mask_lengths(
         scale: factor on the scores; None means head_dim ** -0.5.
 
     Returns:
-        [q_tokens, heads, value_dim] in q's type.
+        [q_tokens, heads, value_dim] in q's type. On CPU half precision is computed in float32.
 
     Raises:
         ValueError: shapes or bounds do not fit each other.
@@ -125,19 +123,21 @@ def packed_attention_with_mask_lengths(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plan = plan_buckets(q_lengths, kv_lengths, q.shape[1] * q.shape[2], q.device)
-    q_places = to_buckets(q_positions.to(q.device)[:, None, None], plan, plan.q)
-    kv_places = to_buckets(kv_positions.to(q.device)[:, None, None], plan, plan.kv)
+    q_places = to_buckets(q_positions.to(q.device), plan, plan.q)
+    kv_places = to_buckets(kv_positions.to(q.device), plan, plan.kv)
 
     def kernel(bucket: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_place = q_places[bucket][0]
-        kv_place = kv_places[bucket][0].transpose(1, 2)
+        q_place = q_places[bucket][:, :, None]
+        kv_place = kv_places[bucket][:, None, :]
         padding = plan.key_padding[bucket]
         if padding is not None:
-            kv_place = kv_place.masked_fill(padding[:, None, :], torch.iinfo(torch.int64).max)
+            never = torch.iinfo(kv_place.dtype).max
+            kv_place = kv_place.masked_fill(padding[:, None, :], never)
         # A row without any key would be 0/0: let it see all keys, then give it zero.
         blind = q_place < kv_place.amin(-1, keepdim=True)
         visible = (kv_place <= q_place) | blind
-        return _attend(q, k, v, scale, visible, False).masked_fill(blind[..., None], 0)
+        out = _attend(q, k, v, scale, visible[:, None], False)
+        return out.masked_fill(blind[..., None], 0)
 
     return _attend_buckets(q, k, v, plan, kernel)
 
@@ -165,7 +165,7 @@ def _attend_buckets(
     plan: BucketPlan,
     kernel: Callable[[int, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Run `kernel(bucket, q, k, v)` on [heads, segments, length, channels] for every bucket."""
+    """Run `kernel(bucket, q, k, v)` on [segments, length, heads, channels] for every bucket."""
     dtype = q.dtype
     if not plan.groups:
         # Nothing to attend to, but gradients of zero must still reach every weight behind.
@@ -189,100 +189,28 @@ def _attend(
 ) -> Tensor:
     """Attention on a padded batch.
 
-    q is [heads, batch, q_length, head_dim], k and v [kv_heads, batch, kv_length, ...], `visible`
-    bool [batch, 1 or q_length, kv_length] or None for all. Padding sits at the end of each
-    segment, so that under `causal` no real query sees a padding key.
-    Returns [heads, batch, q_length, value_dim].
+    q is [batch, q_length, heads, head_dim], k and v [batch, kv_length, kv_heads, ...], `visible`
+    bool [batch, 1, 1 or q_length, kv_length] or None for all.
+    Returns [batch, q_length, heads, value_dim].
     """
-    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= _DENSE_SCORES:
-        bias = _causal_bias(q.shape[2], q.dtype) if causal else None
-        if visible is not None:
-            bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
-        return _Dense.apply(q, k, v, scale, bias)
-    # The fused CPU and flash kernels need one head size; zero channels change no score.
+    # The fused kernels need one head size; channels of zeros change no score.
     value_dim = v.shape[-1]
     widest = max(q.shape[-1], value_dim)
-    q, k, v = (_widen(x, widest) for x in (q, k, v))
+    q, k, v = (_widen(x, widest).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1),
-        k.transpose(0, 1),
-        v.transpose(0, 1),
-        attn_mask=None if visible is None else visible[:, None],
+        q,
+        k,
+        v,
+        attn_mask=visible,
         is_causal=causal,
         scale=scale,
-        enable_gqa=q.shape[0] != k.shape[0],
+        enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.transpose(0, 1)[..., :value_dim]
+    return out.transpose(1, 2)[..., :value_dim]
 
 
 def _widen(x: Tensor, channels: int) -> Tensor:
     return F.pad(x, (0, channels - x.shape[-1])) if x.shape[-1] < channels else x
-
-
-@lru_cache(maxsize=64)
-def _causal_bias(length: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((1, length, length), -math.inf, dtype=dtype).triu_(1)
-
-
-class _Dense(torch.autograd.Function):
-    """Attention by batched matrix products that keeps the probabilities for the backward pass.
-
-    Query heads that share a key head are stacked along the query axis, so that keys and values
-    are never repeated. Shapes as in `_attend`; `bias` is [1 or batch, 1 or q_length, kv_length],
-    added to the scores.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
-    ) -> Tensor:
-        shape = q.shape
-        q = _stack_heads(q, k.shape[0])
-        if bias is None:
-            bias = q.new_zeros(1)
-        else:
-            scores_shape = (k.shape[0], shape[1], shape[0] // k.shape[0], shape[2], k.shape[2])
-            bias = bias[None, :, None].expand(scores_shape).reshape(*q.shape[:2], k.shape[2])
-        k, v = k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
-        weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scale = scale
-        return _unstack_heads(torch.bmm(weights, v), shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        shape = grad.shape
-        kv_heads = k.shape[0] // shape[1]
-        grad = _stack_heads(grad, kv_heads)
-        grad_v = torch.bmm(weights.transpose(1, 2), grad)
-        # With s the scores: ds = w * (dw - sum(dw * w)), where the sum is over the keys.
-        grad_scores = torch.bmm(grad, v.transpose(1, 2))
-        grad_scores.sub_((grad_scores * weights).sum(-1, keepdim=True)).mul_(weights)
-        ignored = q.new_empty(1)
-        grad_q = torch.baddbmm(ignored, grad_scores, k, beta=0, alpha=ctx.scale)
-        grad_k = torch.baddbmm(ignored, grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
-        return (
-            _unstack_heads(grad_q, (*shape[:3], q.shape[-1])),
-            grad_k.unflatten(0, (kv_heads, -1)),
-            grad_v.unflatten(0, (kv_heads, -1)),
-            None,
-            None,
-        )
-
-
-def _stack_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """[heads, batch, length, c] -> [kv_heads * batch, heads / kv_heads * length, c]."""
-    grouped = x.unflatten(0, (kv_heads, -1)).transpose(1, 2)
-    return grouped.reshape(kv_heads * x.shape[1], -1, x.shape[-1])
-
-
-def _unstack_heads(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `_stack_heads`; `shape` is [heads, batch, length, c] but for c."""
-    heads, batch, length = shape[:3]
-    grouped = x.view(x.shape[0] // batch, batch, -1, length, x.shape[-1])
-    return grouped.transpose(1, 2).reshape(heads, batch, length, x.shape[-1])
 
 
 @lru_cache(maxsize=1)
@@ -290,8 +218,14 @@ def _has_varlen() -> bool:
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
-def _varlen_available(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _has_varlen()
+def _varlen_fits(q: Tensor, v: Tensor) -> bool:
+    return (
+        q.is_cuda
+        and q.shape[0] > 0
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and max(q.shape[-1], v.shape[-1]) <= _VARLEN_MAX_CHANNELS
+        and _has_varlen()
+    )
 
 
 def _varlen(

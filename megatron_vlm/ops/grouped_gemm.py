@@ -27,7 +27,9 @@ def grouped_gemm(
         return _ContiguousGradient.apply(product)
     # On CPU one product per expert is as fast as grouped_mm, and knows float64.
     parts = tokens.split(tokens_per_expert.tolist())
-    return torch.cat([part @ weight.t() for part, weight in zip(parts, weights.unbind(0), strict=True)])
+    return torch.cat(
+        [part @ weight.t() for part, weight in zip(parts, weights.unbind(0), strict=True)]
+    )
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """Packed segments as a few padded batches: which segments share a batch, and moving rows there.
 
-A packed tensor holds segments (samples, pictures) one after another. Kernels like batches of
-one length, so segments of similar length are put into one padded batch, a bucket. The plan
-depends on the lengths alone and is kept, so that all layers of a model share it.
+A packed tensor holds segments (samples, pictures) one after another. A kernel call has a cost
+of its own, so that short segments are gathered into padded batches, buckets, of similar length;
+long ones stay where they are. The plan depends on the lengths alone and is kept, so that all
+layers of a model share it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 _BUCKET_COST = 6e5
 """What one more bucket costs, in score elements x channels (measured on one CPU core)."""
 
-_COPY_COST = 15.0
-"""What copying one channel of one token into a bucket and back costs, in the same unit."""
+_ALONE = 8192
+"""Tokens x channels from which a segment is cheaper alone than copied (measured likewise)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class BucketSide:
     """Where the segments of a packed tensor lie in the buckets, for the queries or the keys."""
 
     starts: tuple[int, ...]
-    """First packed row of each segment, and the number of rows."""
+    """First packed row of each segment, then the number of rows."""
     lengths: tuple[int, ...]
     """Padded length of each bucket, in tokens."""
     gather: tuple[Tensor | None, ...]
@@ -81,7 +82,7 @@ def plan_buckets(
     width: int,
     device: torch.device,
 ) -> BucketPlan:
-    """Group segments so that copying and padding cost less than the buckets they save.
+    """Group segments so that copying and padding cost less than the kernel calls they save.
 
     Args:
         q_lengths: tokens of each segment's queries.
@@ -96,15 +97,17 @@ def plan_buckets(
     for bucket, group in enumerate(groups):
         for row, segment in enumerate(group):
             places[segment] = (bucket, row)
-    q = _bucket_side(q_lengths, groups, device)
-    kv = q if kv_lengths == q_lengths else _bucket_side(kv_lengths, groups, device)
-    key_padding: list[Tensor | None] = []
-    for group, length, rows in zip(groups, kv.lengths, kv.padding, strict=True):
-        if rows is None:
-            key_padding.append(None)
-            continue
-        mask = torch.zeros(len(group) * length, dtype=torch.bool, device=device)
-        key_padding.append(mask.index_fill_(0, rows, True).view(len(group), length))
+    # A plan first made in an evaluation is used again in training, where autograd saves masks.
+    with torch.inference_mode(False):
+        q = _bucket_side(q_lengths, groups, device)
+        kv = q if kv_lengths == q_lengths else _bucket_side(kv_lengths, groups, device)
+        key_padding: list[Tensor | None] = []
+        for group, length, rows in zip(groups, kv.lengths, kv.padding, strict=True):
+            if rows is None:
+                key_padding.append(None)
+                continue
+            mask = torch.zeros(len(group) * length, dtype=torch.bool, device=device)
+            key_padding.append(mask.index_fill_(0, rows, True).view(len(group), length))
     return BucketPlan(groups, tuple(places), q, kv, tuple(key_padding))
 
 
@@ -120,7 +123,7 @@ def _group(
         q, kv = q_lengths[i], kv_lengths[i]
         if not q or not kv:
             continue
-        if (q + kv) / 2 * width * _COPY_COST > _BUCKET_COST:
+        if max(q, kv) * width >= _ALONE:
             alone.append((i,))
             continue
         if groups:
@@ -138,70 +141,67 @@ def _group(
 def _bucket_side(
     lengths: tuple[int, ...], groups: tuple[tuple[int, ...], ...], device: torch.device
 ) -> BucketSide:
-    starts = torch.tensor((0, *lengths)).cumsum(0)
-    sizes = torch.tensor(lengths, dtype=torch.int64)
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
     longest = tuple(max(lengths[i] for i in group) for group in groups)
     gather: list[Tensor | None] = []
     padding: list[Tensor | None] = []
     for group, length in zip(groups, longest, strict=True):
-        if group[-1] - group[0] == len(group) - 1 and len({lengths[i] for i in group}) == 1:
+        neighbours = group[-1] - group[0] == len(group) - 1
+        if neighbours and all(lengths[i] == length for i in group):
             gather.append(None)
             padding.append(None)
             continue
-        members = torch.tensor(group)
-        within = torch.arange(length)
-        surplus = (within >= sizes[members, None]).flatten().nonzero().flatten()
-        rows = starts[members, None] + torch.minimum(within, sizes[members, None] - 1)
-        gather.append(rows.flatten().to(device))
+        first = torch.tensor([[starts[i]] for i in group], device="cpu")
+        size = torch.tensor([[lengths[i]] for i in group], device="cpu")
+        within = torch.arange(length, device="cpu")
+        gather.append((first + torch.minimum(within, size - 1)).flatten().to(device))
+        surplus = (within >= size).flatten().nonzero().flatten()
         padding.append(surplus.to(device) if surplus.numel() else None)
-    return BucketSide(tuple(starts.tolist()), longest, tuple(gather), tuple(padding))
+    return BucketSide(tuple(starts), longest, tuple(gather), tuple(padding))
 
 
 def to_buckets(packed: Tensor, plan: BucketPlan, side: BucketSide) -> tuple[Tensor, ...]:
-    """A packed tensor [tokens, heads, channels] in buckets, differentiably.
+    """A packed tensor [tokens, ...] in buckets [segments, length, ...], differentiably.
 
-    Each bucket comes back heads first, [heads, segments, length, channels], as matrix products
-    want it; neighbours of one length are a view. A padding row repeats a row of its segment, and
-    gradients that reach it are dropped.
+    Neighbours of one length are a view, all else a copy. A padding row repeats a row of its
+    segment, and gradients that reach it are dropped.
     """
-    if len(plan.groups) == 1 and side.gather[0] is None and None not in plan.places:
-        return tuple(_split(packed, plan, side))
-    return _ToBuckets.apply(packed, plan, side)
+    buckets: tuple[Tensor, ...] = _ToBuckets.apply(packed, plan, side)
+    return buckets
 
 
 def from_buckets(buckets: Sequence[Tensor], plan: BucketPlan, side: BucketSide) -> Tensor:
-    """Buckets [heads, segments, length, channels] back as [tokens, heads, channels].
+    """Buckets [segments, length, ...] back in packed order [tokens, ...], differentiably.
 
-    Differentiable. Segments that are in no bucket are zero; padding rows are left out and get
-    zero gradients.
+    Segments that are in no bucket are zero; padding rows are left out and get zero gradients.
     """
-    if len(plan.groups) == 1 and side.gather[0] is None and None not in plan.places:
-        return buckets[0].permute(1, 2, 0, 3).flatten(0, 1)
-    return _FromBuckets.apply(plan, side, *buckets)
+    packed: Tensor = _FromBuckets.apply(plan, side, *buckets)
+    return packed
 
 
 def _split(packed: Tensor, plan: BucketPlan, side: BucketSide) -> list[Tensor]:
-    heads_first = packed.transpose(0, 1)
     buckets = []
     for group, length, rows in zip(plan.groups, side.lengths, side.gather, strict=True):
         if rows is None:
-            bucket = heads_first.narrow(1, side.starts[group[0]], len(group) * length)
+            bucket = packed.narrow(0, side.starts[group[0]], len(group) * length)
         else:
-            bucket = heads_first.index_select(1, rows)
-        buckets.append(bucket.unflatten(1, (len(group), length)))
+            bucket = packed.index_select(0, rows)
+        buckets.append(bucket.unflatten(0, (len(group), length)))
     return buckets
 
 
 def _join(buckets: Sequence[Tensor], plan: BucketPlan, side: BucketSide) -> Tensor:
-    segments = [bucket.permute(1, 2, 0, 3).unbind() for bucket in buckets]
+    segments = [bucket.unbind() for bucket in buckets]
+    like = segments[0][0]
     parts = []
     for i, place in enumerate(plan.places):
         length = side.starts[i + 1] - side.starts[i]
         if place is None:
-            like = segments[0][0]
             parts.append(like.new_zeros(length, *like.shape[1:]))
         else:
-            parts.append(segments[place[0]][place[1]].narrow(0, 0, length))
+            parts.append(segments[place[0]][place[1]][:length])
     return torch.cat(parts)
 
 
@@ -234,5 +234,5 @@ class _FromBuckets(torch.autograd.Function):
         for bucket, padding in zip(grads, ctx.side.padding, strict=True):
             if padding is not None:
                 # Padding queries would otherwise send gradients to real keys.
-                bucket.flatten(1, 2).index_fill_(1, padding, 0)
+                bucket.flatten(0, 1).index_fill_(0, padding, 0)
         return None, None, *grads

@@ -56,7 +56,9 @@ class StepBar:
     def advance(self, step_seconds: float) -> None:
         """One step more, which took `step_seconds`."""
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, rate=f"{1 / max(step_seconds, 1e-9):.2f} steps/s")
+            self._bar.update(
+                self._task, advance=1, rate=f"{1 / max(step_seconds, 1e-9):.2f} steps/s"
+            )
 
     def __exit__(
         self,

@@ -36,7 +36,9 @@ def open_training_set(config: RunConfig) -> OpenDataset:
 
 def open_held_out_sets(config: RunConfig) -> dict[str, OpenDataset]:
     """The sets of `data.validation`, in the order of the recipe, never shuffled."""
-    return {name: _open(config, path, shuffle=False) for name, path in config.data.validation.items()}
+    return {
+        name: _open(config, path, shuffle=False) for name, path in config.data.validation.items()
+    }
 
 
 def _open(config: RunConfig, path: str, shuffle: bool) -> OpenDataset:

@@ -82,7 +82,9 @@ def vision_imbalance(plan: StepPlan, config: RunConfig, world_size: int) -> floa
     loads = [0.0] * world_size
     for picture in plan.pictures:
         grid = [(picture.grid_h, picture.grid_w)]
-        loads[picture.encoder_rank] += encoder_flops(grid, vision, config.model.language.hidden_size)
+        loads[picture.encoder_rank] += encoder_flops(
+            grid, vision, config.model.language.hidden_size
+        )
     return max(loads) * world_size / sum(loads)
 
 

@@ -40,7 +40,11 @@ class Block(nn.Module):
 
     def __init__(self, config: VisionConfig, recompute: Recompute) -> None:
         super().__init__()
-        hidden, inner, epsilon = config.hidden_size, config.ffn_hidden_size, config.layernorm_epsilon
+        hidden, inner, epsilon = (
+            config.hidden_size,
+            config.ffn_hidden_size,
+            config.layernorm_epsilon,
+        )
         self.heads = config.num_attention_heads
         self.recompute_parts = recompute == "selective"
         self.norm1 = nn.RMSNorm(hidden, eps=epsilon)

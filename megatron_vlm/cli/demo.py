@@ -1,0 +1,37 @@
+"""`mvlm demo`: a model that reads handwritten digits, trained here and now."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = """Train a tiny vision-language model on real pictures and let it answer questions.
+
+example:
+  mvlm demo
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where all of it goes",
+    )
+    parser.add_argument("--nproc", type=int, default=2, metavar="N", help="processes (default 2)")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="training pictures (default: the demo's own)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe `demo`"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo."""
+    from megatron_vlm.demo.run import run_demo
+
+    return run_demo(args.run_dir, args.nproc, args.overrides, args.samples)

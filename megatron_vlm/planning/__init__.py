@@ -1,0 +1,1 @@
+"""What a run will need, from its configuration alone: no torch, no process group, no GPU."""

@@ -1,0 +1,78 @@
+"""The layouts whose training must equal one process: a name, processes, overrides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """One row of the equality table."""
+
+    world_size: int
+    overrides: tuple[str, ...]
+    quick: bool
+    """Whether `make test` runs it in float64; `make test-all` runs every one."""
+    quick_fp32: bool = False
+    """Whether `make test` runs its float32 comparison of the two optimizers."""
+
+
+def _layout(
+    world_size: int,
+    *extra: str,
+    quick: bool = False,
+    fp32: bool = False,
+    **sizes: int | str | bool,
+) -> Layout:
+    names = {
+        "tp": "parallel.tensor_model_parallel_size",
+        "pp": "parallel.pipeline_model_parallel_size",
+        "vpp": "parallel.virtual_pipeline_model_parallel_size",
+        "cp": "parallel.context_parallel_size",
+        "ep": "parallel.expert_model_parallel_size",
+        "etp": "parallel.expert_tensor_parallel_size",
+        "stages": "parallel.pipeline_model_parallel_layout",
+        "overlap": "parallel.overlap_moe_expert_parallel_comm",
+        "sp": "parallel.sequence_parallel",
+        "mbs": "training.micro_batch_size",
+    }
+    words = [
+        f"{names[key]}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in sizes.items()
+    ]
+    return Layout(world_size, (*words, *extra), quick, fp32)
+
+
+DENSE = "model.language.num_moe_experts=null"
+
+# The quick ones are chosen so that every two of TP+SP, PP, VPP, uneven stages, CP, EP, expert TP,
+# DP, overlap and micro-batch size 2 that can run together meet in at least one of them.
+LAYOUTS: dict[str, Layout] = {
+    "tp2_dense": _layout(2, DENSE, tp=2, quick=True),
+    "tp2_sp": _layout(2, tp=2),
+    "pp2": _layout(2, pp=2),
+    "pp2_vpp2": _layout(2, pp=2, vpp=2),
+    "pp4": _layout(4, pp=4),
+    "pp3_uneven": _layout(3, pp=3, stages="Et|tt|tL", quick=True),
+    "pp2_vpp2_uneven": _layout(2, pp=2, vpp=2, stages="Et|t|tt|L"),
+    "ep2": _layout(2, ep=2),
+    "ep4": _layout(4, ep=4),
+    "ep2_etp2": _layout(4, tp=2, ep=2, etp=2),
+    "cp2": _layout(2, cp=2),
+    "dp2": _layout(2, quick=True, fp32=True),
+    "dp4": _layout(4, fp32=False),
+    "mbs2": _layout(1, mbs=2),
+    "dp2_mbs2": _layout(2, mbs=2),
+    "tp2_pp2_ep2": _layout(8, tp=2, pp=2, ep=2, quick=True, fp32=True),
+    "pp2_vpp2_ep2": _layout(4, pp=2, vpp=2, ep=2),
+    "pp2_vpp2_ep2_overlap": _layout(4, pp=2, vpp=2, ep=2, overlap=True, quick=True, fp32=True),
+    "ep2_overlap": _layout(2, ep=2, overlap=True),
+    "pp2_cp2_ep2": _layout(8, pp=2, cp=2, ep=2, quick=True),
+    # Beyond the issue's table: the pairs that it leaves out.
+    "tp2_cp2_etp2_ep2": _layout(8, tp=2, cp=2, ep=2, etp=2, quick=True),
+    "tp2_pp2_vpp2_mbs2": _layout(4, tp=2, pp=2, vpp=2, mbs=2, quick=True),
+    "cp2_pp2_vpp2_uneven": _layout(4, cp=2, pp=2, vpp=2, stages="Et|t|tt|L", mbs=2, quick=True),
+    "tp2_pp2_vpp2_uneven_ep2_overlap": _layout(
+        4, tp=2, pp=2, vpp=2, ep=2, overlap=True, stages="Et|t|tt|L", mbs=2
+    ),
+    "dp2_pp2_mbs2_cp2": _layout(8, pp=2, cp=2, mbs=2),
+}
