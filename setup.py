@@ -41,6 +41,9 @@ EXTRAS = {
         "ruff",
         "mypy",
         "import-linter",
+        # Open MPI itself, so that starting by mpirun is tested without a system package.
+        "mpi4py>=4",
+        "openmpi>=5",
         "transformers>=5",
         "types-PyYAML",
         "types-psutil",

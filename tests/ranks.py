@@ -80,11 +80,7 @@ def _child(function: Callable[..., Any], world: World, args: tuple, folder: str)
     try:
         outcome: dict[str, Any] = {"result": function(world, *args)}
     except BaseException:
-        outcome = {
-            "error": traceback.format_exc(),
-            "type": type(error).__name__,
-            "text": str(error),
-        }
+        outcome = {"error": traceback.format_exc()}
         status = 1
     temporary = Path(folder) / f"{world.rank}.part"
     torch.save(outcome, temporary)

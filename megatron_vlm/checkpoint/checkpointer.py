@@ -25,9 +25,9 @@ from megatron_vlm.checkpoint.optimizer_state import (
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
 from megatron_vlm.checkpoint.writer import CheckpointWriter
 from megatron_vlm.config import RunConfig, dump_yaml
+from megatron_vlm.engine.trainable import Trainable
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.vlm import VisionLanguageModel
-from megatron_vlm.engine.trainable import Trainable
 
 
 @dataclass

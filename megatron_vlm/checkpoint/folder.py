@@ -104,7 +104,7 @@ def commit(root: Path, iteration: int) -> Path:
 
 
 def remove_old(root: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Remove all but the newest `keep_last` and multiples of `keep_every`; returns those removed."""
+    """Remove all but the newest `keep_last` and multiples of `keep_every`; returns the removed."""
     if keep_last is None:
         return []
     old = list_iterations(root)[:-keep_last]

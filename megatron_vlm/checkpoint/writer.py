@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.checkpoint import folder
 from megatron_vlm.errors import CheckpointError
@@ -86,8 +87,9 @@ class CheckpointWriter:
         failure: str | None = None
         try:
             action()
-        except Exception as error:  # whatever it was, the others must hear of it
-            failure = str(error) or type(error).__name__
+        # Whatever it was, the others must hear of it; torch's own is no Exception.
+        except (Exception, CheckpointException) as error:
+            failure = _reason(error)
         failures: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
         found = {rank: text for rank, text in enumerate(failures) if text is not None}
@@ -97,10 +99,11 @@ class CheckpointWriter:
                 shutil.rmtree(path, ignore_errors=True)
             dist.barrier()
             rank, text = next(iter(found.items()))
+            free = shutil.disk_usage(self._root).free // 2**20
             raise CheckpointError(
                 f"{self._root / folder.checkpoint_name(iteration)}: could not be saved on rank "
-                f"{rank} ({text}); free space or choose another run_dir, older checkpoints are "
-                "untouched"
+                f"{rank} ({text}; {free} MiB are free there); free space or choose another "
+                "run_dir, older checkpoints are untouched"
             )
 
 
@@ -164,6 +167,18 @@ class _Finish:
         root = self._writer._root
         folder.commit(root, self._iteration)
         folder.remove_old(root, *self._writer._keep)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause in one line; the engine wraps it with a traceback for every rank."""
+    wrapped = getattr(error, "failures", None)
+    if wrapped:
+        return _reason(next(iter(wrapped.values()))[0])
+    cause = error.__cause__
+    if cause is not None:
+        return _reason(cause)
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _begin(path: Path, state: dict[str, Any], texts: dict[str, str]) -> None:

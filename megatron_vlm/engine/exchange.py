@@ -50,8 +50,8 @@ def plan_exchange(plan: StepPlan, layout: Layout, rank: int) -> ExchangePlan:
             continue
         span = np.arange(picture.start, picture.start + picture.tokens)
         for (tp, cp), (chosen, _) in slices.split(picture.replica, picture.micro_batch, span):
-            place = layout.rank(tp=tp, cp=cp, dp=picture.replica, pp=layout.embedding_stage)
-            sends[place].append(chosen + encoded)
+            target = layout.rank(tp=tp, cp=cp, dp=picture.replica, pp=layout.embedding_stage)
+            sends[target].append(chosen + encoded)
         encoded += picture.tokens
     place = layout.coordinates(rank)
     count = len(plan.micro_batches[0])
@@ -169,15 +169,15 @@ class FeatureExchange:
     def backward(self) -> torch.Tensor:
         """Bring the leaves' gradients home: `[encoded_tokens, hidden]`."""
         plan = self._plan
-        options = {"dtype": self._dtype, "device": self._device}
-        answer = torch.zeros(sum(plan.receive_counts), self._hidden, **options)
+        template = torch.empty(0, self._hidden, dtype=self._dtype, device=self._device)
+        answer = template.new_zeros(sum(plan.receive_counts), self._hidden)
         if self._answers:
             for leaf, index in zip(self._leaves, plan.feature_index, strict=True):
                 if leaf is not None and leaf.grad is not None:
                     answer[torch.from_numpy(index).to(self._device)] = leaf.grad
-        returned = torch.empty(sum(plan.send_counts), self._hidden, **options)
+        returned = template.new_empty(sum(plan.send_counts), self._hidden)
         _all_to_all(returned, answer, plan.send_counts, plan.receive_counts)
-        gradient = torch.zeros(plan.encoded_tokens, self._hidden, **options)
+        gradient = template.new_zeros(plan.encoded_tokens, self._hidden)
         self._leaves = []
         return gradient.index_add_(0, self._send_index, returned)
 

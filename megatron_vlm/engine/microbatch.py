@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_vlm.data.collate import TextBatch, structure
+from megatron_vlm.data.plan import MicroBatchPlan
 from megatron_vlm.engine.zigzag import gathered_order, local_tokens, positions
-from megatron_vlm.models.language.packing import PackedRows
+from megatron_vlm.models.language.packing import ContextParallelRows, PackedRows
 from megatron_vlm.topology.mesh import Topology
-
-if TYPE_CHECKING:
-    from megatron_vlm.data.collate import TextBatch
-    from megatron_vlm.data.plan import MicroBatchPlan
 
 
 @dataclass
@@ -73,10 +71,13 @@ def build_micro_batch(
     )
     if layout.cp > 1:
         within = positions(cu_seqlens).astype(np.int64)
-        rows.query_positions = torch.from_numpy(within[mine]).to(device)
-        rows.key_positions = torch.from_numpy(within).to(device)
-        rows.key_order = torch.from_numpy(gathered_order(cu_seqlens, layout.cp)).to(device)
-        rows.cu_seqlens_local = bounds // layout.cp
+        order = gathered_order(cu_seqlens, layout.cp)
+        rows.context = ContextParallelRows(
+            cu_seqlens=bounds // layout.cp,
+            query_positions=torch.from_numpy(within[mine]).to(device),
+            key_order=torch.from_numpy(order).to(device),
+            key_positions=torch.from_numpy(within).to(device),
+        )
     batch = MicroBatch(plan, rows, torch.from_numpy(segment_ids[mine]).to(device))
     if text is not None:
         index = torch.from_numpy(mine)
@@ -88,11 +89,9 @@ def build_micro_batch(
 
 def _token_maps(plan: MicroBatchPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per token: its segment; its row or -1 for padding; and per row: its real tokens."""
+    known = structure(plan)
+    row_ids = known.row_ids.masked_fill(known.padding_mask, -1).numpy()
+    row_tokens = np.bincount(row_ids[row_ids >= 0], minlength=len(plan.rows)).astype(np.int64)
     lengths = np.diff(plan.cu_seqlens)
-    total, rows = int(plan.cu_seqlens[-1]), len(plan.rows)
-    per_row = total // rows
     segment_ids = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
-    real = positions(plan.cu_seqlens) < np.repeat(plan.segment_lengths, lengths)
-    row_ids = np.where(real, np.arange(total) // per_row, -1).astype(np.int64)
-    row_tokens = np.bincount(row_ids[real], minlength=rows).astype(np.int64)
     return segment_ids, row_ids, row_tokens

@@ -39,7 +39,9 @@ class Objective(ABC):
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
 
-    def before_step(self, step: TrainStep, micro_batches: list[MicroBatch]) -> None:
+    def before_step(  # noqa: B027 - most objectives have nothing to run first
+        self, step: TrainStep, micro_batches: list[MicroBatch]
+    ) -> None:
         """Run further forwards; called on every rank, before the pipeline of a step."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
@@ -133,7 +133,7 @@ class TrainStep:
 
     def _zero_gradients(self) -> None:
         for module in (*self.chunks, self.encoder):
-            if hasattr(module, "zero_grad_buffer"):
+            if isinstance(module, DistributedDataParallel):
                 module.zero_grad_buffer()
 
     def _micro_batches(self, data: LoadedStep) -> list[MicroBatch]:
@@ -270,13 +270,13 @@ def _forward_step(
     if chunk.pre_process:
         assert batch.tokens is not None
         decoder_input = chunk.embed(batch.tokens, batch.features, batch.feature_rows)
-    inputs = dict(
-        input_ids=batch.tokens,
-        position_ids=None,
-        attention_mask=None,
-        decoder_input=decoder_input,
-        packed_seq_params=batch.rows,
-    )
+    inputs = {
+        "input_ids": batch.tokens,
+        "position_ids": None,
+        "attention_mask": None,
+        "decoder_input": decoder_input,
+        "packed_seq_params": batch.rows,
+    }
     output = chunk.build_schedule_plan(**inputs) if return_schedule_plan else model(**inputs)
     return output, partial(loss, batch)
 

@@ -26,7 +26,7 @@ def local_tokens(cu_seqlens: np.ndarray, cp: int, rank: int) -> np.ndarray:
 
 
 def gathered_order(cu_seqlens: np.ndarray, cp: int) -> np.ndarray:
-    """Where token t of the micro-batch lies when all ranks' tokens are laid end to end: `[tokens]`."""
+    """Where token t of the micro-batch lies when all ranks' tokens are laid end to end."""
     laid = np.concatenate([local_tokens(cu_seqlens, cp, rank) for rank in range(cp)])
     order = np.empty_like(laid)
     order[laid] = np.arange(len(laid))

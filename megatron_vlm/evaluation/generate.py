@@ -157,7 +157,7 @@ class Answerer:
             pixels, grids = [], []
             for encoded in question.pictures:
                 image = decode_picture(encoded)
-                height, width = target_size(*image.shape[:2], vision)
+                height, width = target_size(image.shape[0], image.shape[1], vision)
                 rows, columns = grid(height, width, vision)
                 pixels.append(torch.from_numpy(patches(image, rows, columns, vision)))
                 grids.append((rows, columns))

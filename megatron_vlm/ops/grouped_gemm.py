@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -26,10 +28,50 @@ def grouped_gemm(
         product = F.grouped_mm(tokens, weights.transpose(-1, -2), offs=offsets)
         return _ContiguousGradient.apply(product)
     # On CPU one product per expert is as fast as grouped_mm, and knows float64.
-    parts = tokens.split(tokens_per_expert.tolist())
-    return torch.cat(
-        [part @ weight.t() for part, weight in zip(parts, weights.unbind(0), strict=True)]
-    )
+    return _ProductPerExpert.apply(tokens, weights, tokens_per_expert.tolist())
+
+
+class _ProductPerExpert(torch.autograd.Function):
+    """Every product writes straight into its part of the result.
+
+    Left to autograd, the parts would be concatenated forwards, and backwards the weights'
+    gradients stacked from transposed pieces, which took as long as a third of the products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: torch.Tensor, weights: torch.Tensor, counts: list[int]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(tokens, weights)
+        ctx.counts = counts
+        result = tokens.new_empty(tokens.size(0), weights.size(1))
+        for rows, weight, out in zip(
+            tokens.split(counts), weights, result.split(counts), strict=True
+        ):
+            torch.mm(rows, weight.t(), out=out)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        tokens, weights = ctx.saved_tensors
+        gradients = gradient.split(ctx.counts)
+        to_tokens = to_weights = None
+        if ctx.needs_input_grad[0]:
+            to_tokens = torch.empty_like(tokens)
+            for given, weight, out in zip(
+                gradients, weights, to_tokens.split(ctx.counts), strict=True
+            ):
+                torch.mm(given, weight, out=out)
+        if ctx.needs_input_grad[1]:
+            to_weights = torch.empty_like(weights)
+            for given, rows, out in zip(
+                gradients, tokens.split(ctx.counts), to_weights, strict=True
+            ):
+                torch.mm(given.t(), rows, out=out)
+        return to_tokens, to_weights, None
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -38,5 +80,5 @@ class _ContiguousGradient(torch.autograd.Function):
         return product.view_as(product)
 
     @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.contiguous()

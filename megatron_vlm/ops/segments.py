@@ -193,25 +193,26 @@ def _split(packed: Tensor, plan: BucketPlan, side: BucketSide) -> list[Tensor]:
 
 
 def _join(buckets: Sequence[Tensor], plan: BucketPlan, side: BucketSide) -> Tensor:
-    segments = [bucket.unbind() for bucket in buckets]
-    like = segments[0][0]
+    like = buckets[0]
     parts = []
     for i, place in enumerate(plan.places):
         length = side.starts[i + 1] - side.starts[i]
         if place is None:
-            parts.append(like.new_zeros(length, *like.shape[1:]))
-        else:
-            parts.append(segments[place[0]][place[1]][:length])
-    return torch.cat(parts)
+            parts.append(like.new_zeros(length, *like.shape[2:]))
+            continue
+        bucket, row = place
+        if side.gather[bucket] is not None:
+            parts.append(buckets[bucket][row, :length])
+        elif row == 0:
+            parts.append(buckets[bucket].flatten(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _ToBuckets(torch.autograd.Function):
     """Each token lies in one place, so neither direction accumulates."""
 
     @staticmethod
-    def forward(
-        ctx: Any, packed: Tensor, plan: BucketPlan, side: BucketSide
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, packed: Tensor, plan: BucketPlan, side: BucketSide) -> tuple[Tensor, ...]:
         ctx.plan, ctx.side = plan, side
         return tuple(_split(packed, plan, side))
 

@@ -49,7 +49,9 @@ def model_parameters(model: ModelConfig) -> Parameters:
     layers = [layer_parameters(language, bool(kind)) for kind in language.moe_layer_freq]
     tied = language.share_embeddings_and_output_weights
     tables = language.vocab_size * language.hidden_size * (1 if tied else 2)
-    return sum(layers, Parameters(decoder=tables + language.hidden_size)) + encoder_parameters(model)
+    return sum(layers, Parameters(decoder=tables + language.hidden_size)) + encoder_parameters(
+        model
+    )
 
 
 def active_parameters(language: LanguageConfig) -> int:

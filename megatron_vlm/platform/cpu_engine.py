@@ -9,8 +9,8 @@ torch.cuda
     empty_cache, ipc_collect, is_current_stream_capturing; Stream, ExternalStream, Event,
     current_stream, default_stream, set_stream, stream (CPU work is in order: waits are no-ops);
     get_rng_state, set_rng_state (here and in torch.cuda.random), manual_seed, manual_seed_all,
-    default_generators (the CPU generator); memory statistics (zero), device properties and
-    capability; nvtx.
+    default_generators (the CPU generator); memory and device statistics (zero), device properties
+    and capability; nvtx.
 torch
     factory functions given device="cuda" or pin_memory=True; Tensor.cuda, to, pin_memory,
     record_stream; Module.cuda; Tensor.type() for callers inside megatron, whose optimizers sort
@@ -117,8 +117,8 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, *_: object) -> bool:
-        return False
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class ExternalStream(Stream):
@@ -262,7 +262,7 @@ def _substitute_tensors() -> None:
     tensor.cuda = lambda self, *_, **__: self
     tensor.pin_memory = lambda self, *_, **__: self
     tensor.record_stream = _returning()
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign,assignment,misc]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
 
 
 def _substitute_collectives() -> None:

@@ -155,8 +155,9 @@ def _from_mpi() -> World:
             "pip install 'megatron-vlm[mpi]', or start with `mvlm launch`"
         ) from None
     comm = MPI.COMM_WORLD
-    expected = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE")
-    if expected is not None and int(expected) != comm.size:
+    counts = [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if name in os.environ]
+    expected = _integer(counts[0]) if counts else comm.size
+    if expected != comm.size:
         raise ConfigError(
             f"mpirun started {expected} processes, but mpi4py sees {comm.size}: mpi4py was built "
             "for another MPI than the one that provides mpirun"

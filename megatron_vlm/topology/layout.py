@@ -278,10 +278,10 @@ def _stages(config: RunConfig, pp: int) -> tuple[tuple[str, ...], int | None]:
             f"products that divide it: {nearest(options, parts)}; or give uneven stages: "
             f"parallel.pipeline_model_parallel_layout='E{drawn}L'"
         )
-    stages = ["t" * (layers // parts)] * parts
-    stages[0] = "E" + stages[0]
-    stages[-1] = stages[-1] + "L"
-    return tuple(stages), vpp
+    even = ["t" * (layers // parts)] * parts
+    even[0] = "E" + even[0]
+    even[-1] = even[-1] + "L"
+    return tuple(even), vpp
 
 
 def _check_stages(text: str, stages: tuple[str, ...], layers: int, pp: int) -> None:

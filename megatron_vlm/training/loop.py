@@ -22,7 +22,7 @@ from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
 from megatron_vlm.engine.objective import Objective, build_objective
 from megatron_vlm.engine.routers import update_bias
 from megatron_vlm.engine.step import StepResult, TrainStep
-from megatron_vlm.engine.trainable import Trainable, make_trainable
+from megatron_vlm.engine.trainable import make_trainable
 from megatron_vlm.errors import UserError
 from megatron_vlm.models.initialize import initialize
 from megatron_vlm.models.language.engine_config import parameter_dtype

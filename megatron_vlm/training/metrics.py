@@ -13,6 +13,7 @@ from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.data.plan import StepPlan
 from megatron_vlm.models.language.flops import attention_flops, linear_flops_per_token
 from megatron_vlm.models.vision.flops import encoder_flops
+from megatron_vlm.training.console import logger
 
 # Forward and backward: each product of the forward pass has two in the backward pass.
 _FORWARD_AND_BACKWARD = 3
@@ -27,12 +28,25 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, iteration: int) -> None:
         self._path = run_dir / "metrics.jsonl"
+        self.failed: str | None = None
+        """Why a step could not be written, if one could not."""
         self._cut(iteration)
         self._stream = open(self._path, "a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=iteration + 1)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Write one step; `iteration` is its number."""
+        """Write one step; `iteration` is its number.
+
+        A full disk costs the numbers, not the run: it is logged, and the next checkpoint, which
+        every rank takes part in, stops the run if the disk is still full.
+        """
+        try:
+            self._write(metrics)
+        except OSError as error:
+            self.failed = str(error)
+            logger.warning("%s: metrics of a step are lost (%s)", self._path, error)
+
+    def _write(self, metrics: dict[str, Any]) -> None:
         step = int(metrics["iteration"])
         self._stream.write(json.dumps(metrics) + "\n")
         self._stream.flush()
@@ -43,8 +57,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close both."""
-        self._stream.close()
-        self._board.close()
+        if self.failed is None:
+            self._stream.close()
+            self._board.close()
 
     def _cut(self, iteration: int) -> None:
         if not self._path.exists():

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask for a save and a clean end; all ranks take the same step as their last."""
+"""SIGTERM and SIGUSR1 ask for a save and a clean end, on all ranks after the same step."""
 
 from __future__ import annotations
 

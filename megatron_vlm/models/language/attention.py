@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_vlm.models.language.packing import PackedRows
+from megatron_vlm.models.language.packing import ContextParallelRows, PackedRows
 from megatron_vlm.ops.attention import packed_attention, packed_attention_with_mask_lengths
 
 
@@ -55,7 +55,8 @@ class PackedCoreAttention(MegatronModule):
         if not isinstance(packed_seq_params, PackedRows):
             raise TypeError("the torch layer provider attends over PackedRows only")
         rows = packed_seq_params
-        if self.cp_group.size() == 1:
+        context = rows.context
+        if context is None:
             out = packed_attention(
                 query,
                 key,
@@ -66,22 +67,21 @@ class PackedCoreAttention(MegatronModule):
                 max_seqlen=rows.max_seqlen_q,
             )
         else:
-            key, value = self._gather(key, rows), self._gather(value, rows)
             out = packed_attention_with_mask_lengths(
                 query,
-                key,
-                value,
-                rows.cu_seqlens_local,
+                self._gather(key, context),
+                self._gather(value, context),
+                context.cu_seqlens,
                 rows.cu_seqlens_kv,
-                rows.query_positions,
-                rows.key_positions,
+                context.query_positions,
+                context.key_positions,
                 scale=self.scale,
             )
         return out.reshape(out.size(0), -1)
 
-    def _gather(self, tensor: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    def _gather(self, tensor: torch.Tensor, context: ContextParallelRows) -> torch.Tensor:
         # Backward is a reduce-scatter: every rank's queries contribute to every key's gradient.
         gathered = gather_from_sequence_parallel_region(
             tensor.contiguous(), tensor_parallel_output_grad=True, group=self.cp_group
         )
-        return gathered.index_select(0, rows.key_order)
+        return gathered.index_select(0, context.key_order)

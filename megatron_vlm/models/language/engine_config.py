@@ -35,36 +35,36 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
             f"training.precision {precision} needs Transformer Engine on a GPU; use bf16, or "
             "install megatron-vlm[gpu] on a machine with one"
         )
-    options: dict[str, Any] = dict(
-        num_layers=language.num_layers,
-        hidden_size=language.hidden_size,
-        num_attention_heads=language.num_attention_heads,
-        num_query_groups=language.query_groups,
-        kv_channels=language.head_dim,
-        ffn_hidden_size=language.ffn_hidden_size,
-        layernorm_epsilon=language.layernorm_epsilon,
-        qk_layernorm=language.qk_layernorm,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        init_method_std=language.init_method_std,
+    options: dict[str, Any] = {
+        "num_layers": language.num_layers,
+        "hidden_size": language.hidden_size,
+        "num_attention_heads": language.num_attention_heads,
+        "num_query_groups": language.query_groups,
+        "kv_channels": language.head_dim,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "layernorm_epsilon": language.layernorm_epsilon,
+        "qk_layernorm": language.qk_layernorm,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": language.init_method_std,
         # Weights come from (seed, name) in models/initialize.py, alike in every layout.
-        perform_initialization=False,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
+        "perform_initialization": False,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
         # Losses are scaled where they are computed, so gradients are plain sums.
-        calculate_per_token_loss=True,
+        "calculate_per_token_loss": True,
         # Frees what was sent; gloo, unlike a CUDA stream, may still be sending it.
-        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        "deallocate_pipeline_outputs": torch.cuda.is_available(),
         # Layers differ (dense, experts): one key a layer, whatever the stages.
-        hetereogenous_dist_checkpoint=True,
+        "hetereogenous_dist_checkpoint": True,
         **_parallel_options(config, layout),
         **_fusion_options(),
-    )
+    }
     if language.num_moe_experts is not None:
         options |= _expert_options(config)
     if precision in _FP8_RECIPES:
@@ -92,49 +92,49 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
 
 def _parallel_options(config: RunConfig, layout: Layout) -> dict[str, Any]:
     uneven = config.parallel.pipeline_model_parallel_layout is not None
-    return dict(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        pipeline_model_parallel_layout="|".join(layout.stages) if uneven else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        sequence_parallel=layout.sequence_parallel,
-        batch_p2p_comm=layout.batch_p2p_comm,
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "pipeline_model_parallel_layout": "|".join(layout.stages) if uneven else None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.sequence_parallel,
+        "batch_p2p_comm": layout.batch_p2p_comm,
         # Interleaved stages overlap their sends with compute, which excludes batching them.
-        overlap_p2p_comm=layout.vpp is not None and not layout.batch_p2p_comm,
-    )
+        "overlap_p2p_comm": layout.vpp is not None and not layout.batch_p2p_comm,
+    }
 
 
 def _expert_options(config: RunConfig) -> dict[str, Any]:
     language = config.model.language
-    return dict(
-        num_moe_experts=language.num_moe_experts,
-        moe_ffn_hidden_size=language.moe_ffn_hidden_size,
-        moe_layer_freq=language.moe_layer_freq,
-        moe_router_topk=language.moe_router_topk,
-        moe_router_topk_scaling_factor=language.moe_router_topk_scaling_factor,
-        moe_router_score_function="sigmoid",
-        moe_shared_expert_intermediate_size=language.moe_shared_expert_intermediate_size,
-        moe_token_dispatcher_type=language.moe_token_dispatcher_type,
-        moe_grouped_gemm=True,
+    return {
+        "num_moe_experts": language.num_moe_experts,
+        "moe_ffn_hidden_size": language.moe_ffn_hidden_size,
+        "moe_layer_freq": language.moe_layer_freq,
+        "moe_router_topk": language.moe_router_topk,
+        "moe_router_topk_scaling_factor": language.moe_router_topk_scaling_factor,
+        "moe_router_score_function": "sigmoid",
+        "moe_shared_expert_intermediate_size": language.moe_shared_expert_intermediate_size,
+        "moe_token_dispatcher_type": language.moe_token_dispatcher_type,
+        "moe_grouped_gemm": True,
         # Bias, balance loss and padding are our router's: the engine's versions stay off.
-        moe_router_enable_expert_bias=False,
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-    )
+        "moe_router_enable_expert_bias": False,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
 
 
 def _fusion_options() -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     apex_wgrad = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return dict(
-        gradient_accumulation_fusion=on_gpu and (apex_wgrad or transformer_engine_usable()),
-        apply_rope_fusion=transformer_engine_usable(),
-        moe_permute_fusion=transformer_engine_usable(),
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
-    )
+    return {
+        "gradient_accumulation_fusion": on_gpu and (apex_wgrad or transformer_engine_usable()),
+        "apply_rope_fusion": transformer_engine_usable(),
+        "moe_permute_fusion": transformer_engine_usable(),
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "persist_layer_norm": False,
+    }

@@ -18,7 +18,7 @@ class PackedMoELayer(MoELayer):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         # The engine would recompute it with whatever micro-batch the router saw last.
-        self.recompute_whole = self.moe_layer_recompute
+        self.recompute_whole: bool = self.moe_layer_recompute  # type: ignore[has-type]
         self.moe_layer_recompute = False
 
     def forward(

@@ -81,7 +81,7 @@ def build_language_chunks(
                 parallel_output=True,
                 share_embeddings_and_output_weights=language.share_embeddings_and_output_weights,
                 position_embedding_type="rope",
-                rotary_base=language.rotary_base,  # type: ignore[arg-type]
+                rotary_base=language.rotary_base,
                 vp_stage=chunk if layout.vpp is not None else None,
             )
         )

@@ -8,6 +8,20 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 
+@dataclass(frozen=True)
+class ContextParallelRows:
+    """Where this rank's queries and all ranks' gathered keys stand in their segments."""
+
+    cu_seqlens: torch.Tensor
+    """`[segments + 1]` bounds of the segments among this rank's tokens."""
+    query_positions: torch.Tensor
+    """`[tokens / cp]` position of each token inside its segment."""
+    key_order: torch.Tensor
+    """`[tokens]` where each key, in segment order, lies among all ranks' gathered keys."""
+    key_positions: torch.Tensor
+    """`[tokens]` position of each key inside its segment."""
+
+
 @dataclass
 class PackedRows(PackedSeqParams):
     """Segments and rows of a micro-batch, as this context-parallel rank sees them.
@@ -23,12 +37,5 @@ class PackedRows(PackedSeqParams):
     """`[rows]` real tokens of each row over all ranks."""
     balance_weight: float = 0.0
     """Weight of one row's balance loss: its coefficient over the rows of the step."""
-    query_positions: torch.Tensor | None = None
-    """`[tokens / cp]` position of each token inside its segment (context parallel only)."""
-    key_order: torch.Tensor | None = None
-    """`[tokens]` where each key, in segment order, lies among all ranks' gathered keys
-    (context parallel only)."""
-    key_positions: torch.Tensor | None = None
-    """`[tokens]` position of each key inside its segment (context parallel only)."""
-    cu_seqlens_local: torch.Tensor | None = None
-    """`[segments + 1]` bounds of the segments among this rank's tokens (context parallel only)."""
+    context: ContextParallelRows | None = None
+    """What context parallelism needs beside; null without it."""

@@ -16,7 +16,7 @@ def encoder_flops(
     embed = vision.in_channels * vision.patch_size**2 * hidden
     merged = vision.spatial_merge_size**2
     joined = hidden * merged
-    per_patch = embed + vision.num_layers * block
+    per_patch = float(embed + vision.num_layers * block)
     per_patch += joined * (joined + language_hidden_size) / merged
     total = 0.0
     for height, width in grid_hw:

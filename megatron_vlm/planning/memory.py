@@ -1,0 +1,225 @@
+"""Bytes that each rank will hold at the fullest moment of a step, by kind.
+
+That moment is in the pipeline: the encoder has run on the rank's pictures and waits with what it
+saved, the decoder has as many micro-batches in flight as its schedule allows.
+
+Counted: weights, gradients, optimizer state, saved activations, picture features, logits.
+Not counted: temporaries of the operation in hand, communication buffers, the allocator's
+fragments, the CUDA context, a second model kept by an objective (a reference), and the fp8 copies
+of weights that Transformer Engine makes. Leave about a tenth of the device free for those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_vlm.config.schema import RunConfig
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.planning.activations import (
+    Device,
+    Share,
+    decoder_layer_bytes,
+    encoder_bytes,
+    head_bytes,
+)
+from megatron_vlm.planning.schedule import fullest
+from megatron_vlm.planning.shapes import Parameters, rank_parameters
+from megatron_vlm.topology.layout import Layout
+
+_MOMENTS = 2
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a configuration does not say about the data and the routing."""
+
+    picture_tokens: int | None = None
+    """Tokens of pictures in a packed row; None takes half of the row (our choice)."""
+    sample_tokens: int | None = None
+    """Length of a sample in tokens, which sizes context parallelism's mask; None takes a row."""
+    expert_imbalance: float = 1.0
+    """Tokens of the busiest rank's experts over the mean; 1 is perfect balance."""
+    device: Device = "cuda"
+    """Where the run will compute: a CPU's norms keep more."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of each rank of one pipeline stage."""
+
+    weights: int
+    """In the precision they are computed with."""
+    gradients: int
+    """float32 in half-precision runs."""
+    optimizer: int
+    """Two moments, and in half-precision runs a float32 copy of the weights."""
+    decoder: int
+    """Saved activations of the decoder layers, of all micro-batches in flight."""
+    logits: int
+    """Final norm, logits and loss of one micro-batch."""
+    encoder: int
+    """Saved activations of the rank's share of the step's pictures."""
+    features: int
+    """Encoded pictures, and where tokens are embedded those of its rows with their gradients."""
+
+    @property
+    def total(self) -> int:
+        """All kinds together."""
+        return sum(self.kinds().values())
+
+    def kinds(self) -> dict[str, int]:
+        """Bytes by kind, in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def element_bytes(precision: str) -> int:
+    """Bytes of a weight while it is computed with (fp8 runs keep bf16 weights)."""
+    return {"fp64": 8, "fp32": 4}.get(precision, 2)
+
+
+def picture_tokens(config: RunConfig, assumptions: Assumptions) -> int:
+    """Tokens of pictures in a packed row.
+
+    Raises:
+        ConfigError: more than the row is long.
+    """
+    length = config.training.seq_length
+    if config.model.vision is None:
+        return 0
+    if assumptions.picture_tokens is None:
+        return length // 2
+    if not 0 <= assumptions.picture_tokens <= length:
+        raise ConfigError(
+            f"--picture-tokens {assumptions.picture_tokens}: a packed row has training.seq_length "
+            f"{length} tokens; expected 0 to {length}"
+        )
+    return assumptions.picture_tokens
+
+
+def memory_of_stage(
+    config: RunConfig, layout: Layout, pp: int, assumptions: Assumptions
+) -> RankMemory:
+    """What each rank of pipeline stage `pp` holds.
+
+    Raises:
+        ConfigError: the assumptions do not fit the configuration.
+    """
+    held = rank_parameters(config.model, layout, pp)
+    weights, gradients, optimizer = _state_bytes(config, layout, held)
+    decoder, logits = _decoder_bytes(config, layout, pp, assumptions)
+    encoder = _encoder_bytes(config, layout, assumptions, besides=decoder + logits)
+    features = _feature_bytes(config, layout, pp, assumptions)
+    return RankMemory(
+        weights, gradients, optimizer, round(decoder), round(logits), round(encoder), features
+    )
+
+
+def _state_bytes(config: RunConfig, layout: Layout, held: Parameters) -> tuple[int, int, int]:
+    element = element_bytes(config.training.precision)
+    trained = trained_parameters(config, held)
+    wide = max(_FLOAT32, element)
+    state = _MOMENTS * wide + (wide if element < wide else 0)
+    if not config.optimizer.use_distributed_optimizer:
+        return held.total * element, trained.total * wide, trained.total * state
+    expert_copies = layout.world_size // (layout.pp * layout.ep * layout.etp)
+    optimizer = (
+        _shard(trained.decoder, layout.dp * layout.cp)
+        + _shard(trained.experts, expert_copies)
+        + _shard(trained.trunk + trained.adapter, layout.world_size)
+    )
+    return held.total * element, trained.total * wide, optimizer * state
+
+
+def _shard(count: int, ranks: int) -> int:
+    return -(-count // ranks)
+
+
+def trained_parameters(config: RunConfig, held: Parameters) -> Parameters:
+    """Those of `held` that `training.freeze` leaves to be trained."""
+    frozen = config.training.freeze
+    return Parameters(
+        decoder=0 if "language" in frozen else held.decoder,
+        experts=0 if "language" in frozen else held.experts,
+        trunk=0 if "vision" in frozen else held.trunk,
+        adapter=0 if "adapter" in frozen else held.adapter,
+    )
+
+
+def share_of(config: RunConfig, layout: Layout, assumptions: Assumptions) -> Share:
+    """One rank's part of a micro-batch of the decoder."""
+    length = config.training.seq_length
+    return Share(
+        tokens=config.training.micro_batch_size * length / layout.cp,
+        element=element_bytes(config.training.precision),
+        tp=layout.tp,
+        cp=layout.cp,
+        etp=layout.etp,
+        sequence_parallel=layout.sequence_parallel,
+        expert_imbalance=assumptions.expert_imbalance,
+        sample_tokens=float(assumptions.sample_tokens or length),
+        device=assumptions.device,
+    )
+
+
+def _decoder_bytes(
+    config: RunConfig, layout: Layout, pp: int, assumptions: Assumptions
+) -> tuple[float, float]:
+    """Layers' bytes with all micro-batches in flight, and the loss's."""
+    language, share = config.model.language, share_of(config, layout, assumptions)
+    kinds = language.moe_layer_freq
+    chunks, extra = [], 0.0
+    for chunk in range(layout.num_chunks):
+        layers = [
+            decoder_layer_bytes(language, bool(kinds[i]), share, config.recompute)
+            for i in layout.layers_of(pp, chunk)
+        ]
+        chunks.append(sum(layer.kept for layer in layers))
+        extra = max([extra, *(layer.recomputed for layer in layers)])
+        if config.parallel.overlap_moe_expert_parallel_comm:
+            # A layer of the next forward pass stands beside each layer of the backward pass.
+            extra = max([extra, *(layer.kept for layer in layers)])
+    counts = fullest(layout, pp, chunks)
+    layers_bytes = sum(count * each for count, each in zip(counts, chunks, strict=True))
+    loss = head_bytes(language, share) if pp == layout.loss_stage else 0.0
+    return layers_bytes + extra, loss
+
+
+def _encoder_bytes(
+    config: RunConfig, layout: Layout, assumptions: Assumptions, besides: float
+) -> float:
+    vision = config.model.vision
+    if vision is None:
+        return 0.0
+    tokens = _encoded_tokens(config, layout, assumptions)
+    saved = encoder_bytes(
+        config.model,
+        tokens * vision.spatial_merge_size**2,
+        element_bytes(config.training.precision),
+        config.recompute,
+        assumptions.device,
+        config.training.freeze,
+    )
+    # The encoder's backward pass comes last: it recomputes where the decoder's were.
+    return saved.kept + max(0.0, saved.recomputed - besides)
+
+
+def _feature_bytes(
+    config: RunConfig, layout: Layout, pp: int, assumptions: Assumptions
+) -> int:
+    if config.model.vision is None:
+        return 0
+    tokens = _encoded_tokens(config, layout, assumptions)
+    if pp == layout.embedding_stage:
+        rows = config.training.global_batch_size // layout.dp
+        parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+        # With their gradients.
+        tokens += 2 * rows * picture_tokens(config, assumptions) / parts
+    element = element_bytes(config.training.precision)
+    return round(tokens * config.model.language.hidden_size * element)
+
+
+def _encoded_tokens(config: RunConfig, layout: Layout, assumptions: Assumptions) -> float:
+    # The plan spreads a step's pictures evenly over all ranks.
+    per_row = picture_tokens(config, assumptions)
+    return config.training.global_batch_size * per_row / layout.world_size

@@ -1,0 +1,172 @@
+"""Damaged, foreign and unwritable checkpoints: one clear error, nothing lost, no rank waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.checkpoint.folder import find_checkpoint, list_iterations
+from megatron_vlm.checkpoint.verify import verify_files, verify_index
+from megatron_vlm.errors import CheckpointError
+from tests.ranks import RankFailed
+from tests.training_case import recipe, train_case
+
+FP32 = "training.precision=fp32"
+
+
+@pytest.fixture(scope="module")
+def trained(nano_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that saved iterations 1 and 2."""
+    run_dir = tmp_path_factory.mktemp("trained")
+    words = (FP32, "training.train_iters=2", "checkpoint.save_interval=1")
+    train_case(recipe(nano_data, run_dir, *words), 2)
+    return run_dir
+
+
+@pytest.fixture
+def damaged(trained: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def _newest(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "iter_0000002"
+
+
+@pytest.mark.distributed
+def test_whole_checkpoint_verifies(trained: Path) -> None:
+    path = find_checkpoint(trained)
+    assert path == _newest(trained)
+    verify_files(path)
+    verify_index(path)
+    assert set(json.loads((path / "manifest.json").read_text())["files"]) == {
+        file.name for file in path.iterdir() if file.name != "manifest.json"
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
+def test_damaged_file_is_named(damaged: Path, kind: str) -> None:
+    file = next(iter(sorted(_newest(damaged).glob("*.distcp"))))
+    content = bytearray(file.read_bytes())
+    if kind == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif kind == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    with pytest.raises(CheckpointError, match=file.name):
+        verify_files(_newest(damaged))
+
+
+@pytest.mark.distributed
+def test_damaged_checkpoint_ends_every_rank(damaged: Path, nano_data: Path) -> None:
+    """Only one rank digests the damaged file; both must leave, with the same error."""
+    file = sorted(_newest(damaged).glob("*.distcp"))[-1]
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(RankFailed, match=r"CheckpointError.*does not match the manifest"):
+        train_case(recipe(nano_data, damaged, FP32), 2, timeout=60)
+    assert list_iterations(damaged / "checkpoints") == [1, 2]
+
+
+@pytest.mark.distributed
+def test_older_checkpoint_can_be_chosen(damaged: Path, nano_data: Path) -> None:
+    """Pointing the latest file at an older checkpoint is all it takes to go back."""
+    (damaged / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1\n")
+    rest = train_case(recipe(nano_data, damaged, FP32, "training.train_iters=2"), 2)
+    assert [entry["iteration"] for entry in rest.metrics] == [2]
+
+
+@pytest.mark.distributed
+def test_another_model_is_refused(trained: Path, nano_data: Path, tmp_path: Path) -> None:
+    words = (FP32, "model.language.ffn_hidden_size=256", f"checkpoint.load={trained}")
+    with pytest.raises(RankFailed, match=r"language\.ffn_hidden_size is 128 there and 256 here"):
+        train_case(recipe(nano_data, tmp_path / "other", *words), 1, timeout=60)
+
+
+@pytest.mark.distributed
+def test_another_precision_is_refused_with_its_state(trained: Path, nano_data: Path) -> None:
+    with pytest.raises(RankFailed, match=r"trained in training\.precision fp32"):
+        train_case(recipe(nano_data, trained, "training.precision=bf16"), 1, timeout=60)
+
+
+@pytest.mark.unit
+def test_incomplete_folder_is_never_read(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    (root / ".incomplete-iter_0000009").mkdir(parents=True)
+    (root / "iter_0000007").mkdir()  # no manifest: not whole
+    assert list_iterations(root) == []
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+class _Attack:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch owned",)
+
+
+@pytest.mark.unit
+def test_index_with_foreign_code_is_not_opened(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Attack()))
+    with pytest.raises(CheckpointError, match=r"posix\.system|os\.system"):
+        verify_index(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint of the tiny model and not for two."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small file system")
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs permission to mount a small file system")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("async_save", ["false", "true"])
+def test_full_disk_while_saving(small_disk: Path, nano_data: Path, async_save: str) -> None:
+    """Both ranks leave with one clear error; older checkpoints stay, the newer leaves no trace."""
+    words = (FP32, "training.train_iters=4", "checkpoint.save_interval=1")
+    config = recipe(nano_data, small_disk, *words, f"checkpoint.async_save={async_save}")
+    with pytest.raises(RankFailed, match=r"could not be saved on rank \d .*free space"):
+        train_case(config, 2, timeout=120)
+    root = small_disk / "checkpoints"
+    whole = list_iterations(root)
+    assert whole and whole == list(range(1, whole[-1] + 1))
+    assert [path.name for path in root.iterdir() if path.name.startswith(".incomplete")] == []
+    verify_files(find_checkpoint(small_disk))
+
+
+@pytest.mark.distributed
+def test_killed_while_saving_never_looks_whole(nano_data: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as the incomplete folder appears: what is found later is whole."""
+    root = tmp_path / "checkpoints"
+    config = recipe(nano_data, tmp_path, FP32, "checkpoint.save_interval=1")
+
+    def saving() -> bool:
+        return (root / ".incomplete-iter_0000003").exists()
+
+    train_case(config, 2, kill_after=saving)
+    whole = list_iterations(root)
+    assert whole in ([1, 2], [1, 2, 3])
+    verify_files(find_checkpoint(tmp_path))
+    rest = train_case(recipe(nano_data, tmp_path, FP32, "training.train_iters=4"), 2)
+    assert rest.metrics[0]["iteration"] == whole[-1] + 1
