@@ -7,7 +7,6 @@ import ast
 import importlib.util
 import re
 import shlex
-import sys
 from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
@@ -120,6 +119,8 @@ def test_links_resolve(path: Path) -> None:
 def test_files_exist(path: Path) -> None:
     for text in code(path):
         first = text.split("/")[0]
+        if "NAME" in text:
+            continue
         if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", text) and first in PLACES:
             assert (ROOT / text).exists() or (PACKAGE / text).exists(), text
         elif text in ROOT_FILES:
@@ -142,7 +143,9 @@ def test_keys_are_in_the_schema(path: Path) -> None:
     keys = set(known_keys(RunConfig))
     sections = "|".join(RunConfig.model_fields)
     for text in code(path):
-        if match := re.fullmatch(rf"((?:{sections})\.[\w.]+)(=.*)?", text):
+        # `optimizer.exp_avg.PARAMETER` is a tensor of a checkpoint.
+        match = re.fullmatch(rf"((?:{sections})\.[\w.]+)(=.*)?", text)
+        if match and not match[1].endswith(".PARAMETER"):
             assert match[1].removesuffix(".NAME") in keys, f"{path.name}: {text}"
 
 
@@ -174,9 +177,8 @@ def test_commands_in_blocks_parse(path: Path) -> None:
 @pytest.mark.unit
 def test_every_command_and_document_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    assert {row[0].split()[1].strip("`") for row in table(ROOT / "README.md", "Command")} >= set(
-        COMMANDS
-    ) or all(f"`mvlm {name}" in text for name in COMMANDS)
+    for name in COMMANDS:
+        assert f"| `mvlm {name}" in text
     for document in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{document.name})" in text
 
@@ -221,10 +223,11 @@ def test_drawing_is_whole() -> None:
 @pytest.mark.distributed
 def test_metrics_are_those_of_the_table(nano_data: Path, tmp_path: Path) -> None:
     run = train_case(recipe(nano_data, tmp_path, "training.train_iters=2"))
-    said = {row[0].strip("`") for row in table(ROOT / "docs/architecture.md", "Key of `metrics.jsonl`")}
+    path = ROOT / "docs/architecture.md"
+    said = {row[0].strip("`") for row in table(path, "Key of `metrics.jsonl`")}
     assert {key.replace("held_out", "NAME") for key in run.metrics[-1]} == said
     left = {path.name for path in tmp_path.iterdir()}
-    rows = table(ROOT / "docs/architecture.md", "In `run_dir`")
+    rows = table(path, "In `run_dir`")
     assert left == {row[0].strip("`").split("/")[0] for row in rows}
 
 
@@ -252,10 +255,3 @@ def test_example_objective_is_alike_in_every_layout(nano_data: Path, tmp_path: P
                 assert mine[metric] == pytest.approx(theirs[metric], rel=1e-11), (name, metric)
         final = "validation_loss"
         assert split.metrics[-1][final] == pytest.approx(one.metrics[-1][final], rel=1e-11)
-
-
-def test_nothing_is_left_imported() -> None:
-    assert "sample_mean" not in sys.modules
-
-
-test_nothing_is_left_imported = pytest.mark.unit(test_nothing_is_left_imported)

@@ -7,8 +7,13 @@ from pathlib import Path
 
 HELP = """Train a tiny vision-language model on real pictures and let it answer questions.
 
+Digits, photographs and lines of print from installed packages become pictures with questions; the
+model answers held-out ones before and after. Leaves a data set, a run with its checkpoint, and
+answers.png in the run folder. Interrupted, it goes on where it was; finished, it trains anew.
+
 example:
   mvlm demo
+  mvlm demo --run-dir runs/long training.train_iters=2000
 """
 
 

@@ -9,6 +9,8 @@ from megatron_vlm.errors import DataError
 
 HELP = """Answer a question about pictures from a checkpoint.
 
+Runs in one process, whatever layout trained the checkpoint, and prints the most likely answer.
+
 example:
   mvlm generate --checkpoint runs/demo --image photo.png --prompt "What is shown?"
 """

@@ -22,11 +22,11 @@ from megatron_vlm.errors import UserError
 COMMANDS = {
     "demo": "train and check a tiny model on this machine, from real pictures, in minutes",
     "doctor": "show what this machine has and whether training can run on it",
-    "data": "build and inspect data sets",
+    "data": "build data sets from conversations with pictures",
     "config": "print the resolved configuration of a recipe",
-    "plan": "predict memory and time of a recipe without a GPU",
-    "train": "train: the process that a launcher starts once for each device",
-    "launch": "start a training run on this machine or a cluster",
+    "plan": "predict the memory of a recipe on a number of devices, without a GPU",
+    "train": "train: the process that torchrun, srun or mpirun starts for each device",
+    "launch": "start a training run on this machine, one process for each device",
     "generate": "answer questions about pictures from a checkpoint",
 }
 """Every subcommand, in the order a newcomer meets them: the module's name and its purpose."""

@@ -27,33 +27,58 @@ def token_log_probs(
 
 
 class _TokenLogProbs(torch.autograd.Function):
+    """Keeps the logits and two numbers a token; probabilities exist a few rows at a time.
+
+    Whole, in float32, they would be the largest tensor of a training step.
+    """
+
     @staticmethod
     def forward(ctx, logits, targets, group):  # type: ignore[no-untyped-def]
         size, rank = group.size(), group.rank()
         work = torch.promote_types(logits.dtype, torch.float32)
-        shifted = logits.to(work)
-        width = shifted.size(-1)
-        peak = shifted.amax(dim=-1)
+        width = logits.size(-1)
+        scores = logits.reshape(-1, width)
+        peak = scores.amax(dim=-1, keepdim=True).to(work)
         if size > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        shifted = shifted - peak.unsqueeze(-1)
-        local = targets - rank * width
+        total = torch.empty_like(peak)
+        rows = _rows(scores)
+        for part, highest, out in zip(
+            scores.split(rows), peak.split(rows), total.split(rows), strict=True
+        ):
+            torch.sum((part - highest).exp_(), dim=-1, keepdim=True, out=out)
+        local = targets.reshape(-1, 1) - rank * width
         mine = (local >= 0) & (local < width)
-        index = local.clamp(0, width - 1).unsqueeze(-1)
-        chosen = shifted.gather(-1, index).squeeze(-1).masked_fill(~mine, 0)
-        weights = shifted.exp_()
-        total = weights.sum(dim=-1)
+        index = local.clamp(0, width - 1)
+        chosen = (scores.gather(-1, index) - peak).masked_fill(~mine, 0)
         if size > 1:
             sums = torch.stack([chosen, total])
             dist.all_reduce(sums, group=group)
             chosen, total = sums.unbind(0)
-        ctx.save_for_backward(weights.div_(total.unsqueeze(-1)), index, mine)
-        ctx.dtype = logits.dtype
-        return chosen - total.log()
+        ctx.save_for_backward(logits, peak, total, index, mine)
+        return (chosen - total.log()).view(targets.shape)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        probabilities, index, mine = ctx.saved_tensors
-        result = probabilities * (-gradient).unsqueeze(-1)
-        result.scatter_add_(-1, index, (gradient * mine).unsqueeze(-1))
-        return result.to(ctx.dtype), None, None
+        logits, peak, total, index, mine = ctx.saved_tensors
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        scores, gradient = logits.reshape(-1, logits.size(-1)), gradient.reshape(-1, 1)
+        rows = _rows(scores)
+        for part, highest, factor, place, own, out in zip(
+            scores.split(rows),
+            peak.split(rows),
+            (-gradient / total).split(rows),
+            index.split(rows),
+            (gradient * mine).split(rows),
+            result.view_as(scores).split(rows),
+            strict=True,
+        ):
+            out.copy_((part - highest).exp_().mul_(factor).scatter_add_(-1, place, own))
+        return result, None, None
+
+
+def _rows(scores: torch.Tensor) -> int:
+    # On CPU a part stays in the cores' caches; on a GPU it only has to be much less than all.
+    elements = 1 << 25 if scores.is_cuda else torch.get_num_threads() << 17
+    return max(1, elements // scores.size(-1))

@@ -15,9 +15,17 @@ def vision_position_ids(grid_hw: Tensor, merge: int) -> Tensor:
 
     Returns:
         int64 [patches, 2].
+
+    Raises:
+        ValueError: a picture's height or width is not a positive multiple of `merge`.
     """
     parts = []
     for height, width in grid_hw.tolist():
+        if height <= 0 or width <= 0 or height % merge or width % merge:
+            raise ValueError(
+                f"grid_hw {height}x{width} must be positive multiples of {merge} patches; resize "
+                "the picture to multiples of patch_size x spatial_merge_size pixels"
+            )
         rows = torch.arange(height).view(height // merge, 1, merge, 1)
         columns = torch.arange(width).view(1, width // merge, 1, merge)
         shape = (height // merge, width // merge, merge, merge)

@@ -6,8 +6,9 @@ context-parallel rank, s the same under sequence parallelism (t / tp), h hidden 
 widths of queries and of keys, f the width of a feed-forward.
 
 Assumed: attention by a fused kernel that never holds the scores. On CUDA the norms are fused too;
-on a CPU each keeps its normalised input besides. Transformer Engine's layers keep somewhat less
-(fused rotary embedding and SwiGLU), so its runs fit where these sums do.
+on a CPU each keeps its normalised input besides, and half precision is computed in float32 there,
+which is not counted. Transformer Engine's layers keep somewhat less (fused rotary embedding and
+SwiGLU), so its runs fit where these sums do.
 """
 
 from __future__ import annotations
@@ -142,9 +143,12 @@ def _experts(language: LanguageConfig, share: Share) -> dict[str, float]:
     rows = chosen * s
     router += rows * _INDEX
     rows *= share.etp * share.expert_imbalance
+    # The experts' input, gate and up, the weighted product, the weights.
     moe = rows * (hidden * b + 3 * width * b + wide)
     moe += _swiglu(language.moe_shared_expert_intermediate_size or 0, share)
-    return {"router": router, "moe": moe, "moe_act": rows * 2 * width * b}
+    # The activated gate and the unweighted product; on a CPU computed again from gate and up.
+    activation = rows * 2 * width * b if share.device == "cuda" else 0.0
+    return {"router": router, "moe": moe, "moe_act": activation}
 
 
 def head_bytes(language: LanguageConfig, share: Share) -> float:

@@ -295,6 +295,11 @@ def _check_stages(text: str, stages: tuple[str, ...], layers: int, pp: int) -> N
     ordered = joined.startswith("E") and joined.endswith("L")
     if not ordered or joined.count("E") != 1 or joined.count("L") != 1:
         raise ConfigError(f"{where}: expected one E, before all layers, and one L, after them")
+    if pp == 1 and len(stages) > 1:
+        raise ConfigError(
+            f"{where} has {len(stages)} stages, pipeline_model_parallel_size is 1; set that to a "
+            f"divisor of {len(stages)} above 1, or the layout to null"
+        )
     if len(stages) % pp:
         raise ConfigError(
             f"{where} has {len(stages)} stages; expected a multiple of "

@@ -67,7 +67,9 @@ def test_slurm_inside_a_step(environment: pytest.MonkeyPatch, tmp_path: Path) ->
     assert detect_world() == World(3, 8, 1, "srun", "given", 20000 + 31007 % 15000)
     environment.delenv("MASTER_ADDR")
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[07-08]" ] && printf "n07\\nn08\\n"\n')
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames n[07-08]" ] && printf "n07\\nn08\\n"\n'
+    )
     scontrol.chmod(0o755)
     environment.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     _set(environment, SLURM_JOB_NODELIST="n[01-99]", SLURM_STEP_NODELIST="n[07-08]")
@@ -126,7 +128,7 @@ class _Communicator:
         self.rank, self.size = rank, size
         self._local = types.SimpleNamespace(rank=local_rank, size=local_size)
 
-    def Split_type(self, kind: object) -> types.SimpleNamespace:  # noqa: N802 - MPI's name
+    def Split_type(self, kind: object) -> types.SimpleNamespace:
         return self._local
 
     def bcast(self, value: object, root: int) -> Any:

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlm.ops.grouped_gemm import grouped_gemm
+from megatron_vlm.ops.swiglu import weighted_swiglu
 
 
 class GroupedExperts(MegatronModule):
@@ -61,9 +61,9 @@ class GroupedExperts(MegatronModule):
         """
         gate_up = grouped_gemm(tokens, self.linear_fc1.flatten(1, 2), tokens_per_expert)
         if self.recompute_activation and self.training:
-            inner = checkpoint(_weighted_swiglu, False, gate_up, probs)
+            inner = checkpoint(weighted_swiglu, False, gate_up, probs)
         else:
-            inner = _weighted_swiglu(gate_up, probs)
+            inner = weighted_swiglu(gate_up, probs)
         return grouped_gemm(inner, self.linear_fc2, tokens_per_expert), None
 
     def sharded_state_dict(
@@ -85,9 +85,3 @@ class GroupedExperts(MegatronModule):
             )
             for name, weight in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2))
         }
-
-
-def _weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    # The weights are float32 (the router's precision); the product returns to the tokens'.
-    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)

@@ -94,11 +94,20 @@ class NaViT(nn.Module):
 
         Returns:
             [patches, hidden].
+
+        Raises:
+            ValueError: the grids do not add up to `patches`, or a side is no multiple of
+                `spatial_merge_size`.
         """
         config = self.config
+        places = vision_position_ids(grid_hw, config.spatial_merge_size)
+        if places.size(0) != pixel_values.size(0):
+            raise ValueError(
+                f"pixel_values holds {pixel_values.size(0)} patches, but grid_hw "
+                f"{grid_hw.tolist()} adds up to {places.size(0)}"
+            )
         x = self.patch_embed(pixel_values)
         work = torch.promote_types(x.dtype, torch.float32)
-        places = vision_position_ids(grid_hw, config.spatial_merge_size)
         head_dim = config.hidden_size // config.num_attention_heads
         rotary = vision_rotary(places, head_dim, config.rotary_base, work)
         lengths = grid_hw.prod(dim=1)

@@ -1,0 +1,87 @@
+"""Which tokens a context-parallel rank holds: all of them once, in the engine's order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vlm.engine.zigzag import gathered_order, local_tokens, positions
+
+pytestmark = pytest.mark.unit
+
+
+def _bounds(*lengths: int) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+
+
+def test_by_hand() -> None:
+    bounds = _bounds(8, 4)
+    # Segment 0 in quarters: 01 23 45 67; segment 1: 8 9 10 11. Rank 0 has the outer ones.
+    assert local_tokens(bounds, 2, 0).tolist() == [0, 1, 6, 7, 8, 11]
+    assert local_tokens(bounds, 2, 1).tolist() == [2, 3, 4, 5, 9, 10]
+    # Ranks end to end: 0 1 6 7 8 11 2 3 4 5 9 10; where is token t?
+    assert gathered_order(bounds, 2).tolist() == [0, 1, 6, 7, 8, 9, 2, 3, 4, 10, 11, 5]
+    assert positions(bounds).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+
+
+def test_by_hand_three_ranks() -> None:
+    bounds = _bounds(6)
+    assert [local_tokens(bounds, 3, rank).tolist() for rank in range(3)] == [[0, 5], [1, 4], [2, 3]]
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3, 4, 8])
+def test_coverage_and_order(cp: int) -> None:
+    rng = np.random.default_rng(cp)
+    for _ in range(20):
+        bounds = _bounds(*(2 * cp * rng.integers(0, 6, rng.integers(1, 9))))
+        total = int(bounds[-1])
+        parts = [local_tokens(bounds, cp, rank) for rank in range(cp)]
+        assert {len(part) for part in parts} == {total // cp}
+        laid = np.concatenate(parts)
+        assert sorted(laid.tolist()) == list(range(total)), "every token on one rank"
+        assert np.array_equal(laid[gathered_order(bounds, cp)], np.arange(total))
+        for part in parts:
+            # Segment after segment, ascending in each: causal masks rely on it.
+            assert np.all(np.diff(part) > 0)
+            segment = np.searchsorted(bounds, part, side="right")
+            counts = np.bincount(segment, minlength=len(bounds))[1 : len(bounds)]
+            assert np.array_equal(counts, np.diff(bounds) // cp)
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_causal_work_is_even(cp: int) -> None:
+    bounds = _bounds(*[2 * cp * size for size in (5, 1, 3)])
+    within = positions(bounds)
+    work = {int((within[local_tokens(bounds, cp, rank)] + 1).sum()) for rank in range(cp)}
+    assert len(work) == 1
+
+
+def test_positions() -> None:
+    bounds = _bounds(3, 0, 5, 1)
+    expected = [i for length in (3, 0, 5, 1) for i in range(length)]
+    assert positions(bounds).tolist() == expected
+
+
+class _Group:
+    """The engine asks a group for its size and rank only."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self._size, self._rank = size, rank
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_one_segment_is_cut_as_by_the_engine(cp: int) -> None:
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    length = 6 * 2 * cp
+    for rank in range(cp):
+        batch = {"tokens": torch.arange(length).view(1, length)}
+        theirs = get_batch_on_this_cp_rank(batch, cp_group=_Group(cp, rank))["tokens"]
+        assert local_tokens(_bounds(length), cp, rank).tolist() == theirs.flatten().tolist()

@@ -1,0 +1,53 @@
+"""A checkpoint answers the same in one process, whatever layout trained it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vlm.platform import World
+from tests.parallel.layouts import LAYOUTS
+from tests.ranks import run_ranks
+from tests.training_case import recipe, train_case
+
+WORDS = ("training.precision=fp32", "training.train_iters=15")
+
+
+def _picture(height: int, width: int) -> bytes:
+    pixels = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _answers(world: World, run_dir: Path, together: bool) -> list[str]:
+    from megatron_vlm.evaluation.generate import Answerer, Question
+
+    questions = [
+        Question("<image>ab?", (_picture(56, 84),)),
+        Question("hello"),
+        Question("<image>x<image>", (_picture(28, 28), _picture(30, 100))),
+        Question("zz <image>", (_picture(112, 56),)),
+    ]
+    with Answerer.from_checkpoint(run_dir) as answerer:
+        if together:
+            return answerer.answer(questions, max_new_tokens=16)
+        return [answerer.answer([question], max_new_tokens=16)[0] for question in questions]
+
+
+@pytest.mark.distributed
+def test_answers_do_not_depend_on_the_layout(nano_data: Path, tmp_path: Path) -> None:
+    answers = {}
+    for name in ("mbs2", "pp2_vpp2_ep2", "tp2_sp"):
+        run_dir = tmp_path / name
+        layout = LAYOUTS[name]
+        train_case(recipe(nano_data, run_dir, *WORDS, *layout.overrides), layout.world_size)
+        (answers[name],) = run_ranks(1, _answers, run_dir, True)
+    assert answers["pp2_vpp2_ep2"] == answers["mbs2"] == answers["tp2_sp"]
+    assert any(answers["mbs2"]), "every answer is empty: the comparison shows nothing"
+    (alone,) = run_ranks(1, _answers, tmp_path / "mbs2", False)
+    assert alone == answers["mbs2"], "answers depend on what they are packed with"

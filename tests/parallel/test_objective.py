@@ -1,0 +1,128 @@
+"""The objective seam carries more than next-token prediction: a preference loss on pairs.
+
+Direct preference optimisation on pairs of neighbouring samples: two losses with denominators of
+their own, segments taken in pairs, and a forward of a frozen reference before every step. It
+lives here, registered from outside: nothing in the engine knows it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_vlm.engine.microbatch import MicroBatch
+from megatron_vlm.engine.objective import (
+    Objective,
+    counted_once,
+    label_log_probs,
+    register_objective,
+    segment_sums,
+)
+from megatron_vlm.engine.step import TrainStep
+from tests.parallel.layouts import LAYOUTS
+from tests.training_case import differences, recipe, train_case
+
+BETA = 0.5
+
+
+def _pairs(batch: MicroBatch) -> torch.Tensor:
+    """[pairs, 2] neighbouring real segments of a row: the first is preferred."""
+    pairs, segment = [], 0
+    for row in batch.plan.rows:
+        count = len(row.segments)
+        pairs += [(segment + i, segment + i + 1) for i in range(0, count - 1, 2)]
+        used = sum(part.padded for part in row.segments)
+        length = batch.plan.num_tokens // len(batch.plan.rows)
+        segment += count + (1 if used < length else 0)
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+
+
+class Preference(Objective):
+    """DPO beside a little next-token loss on the preferred answers."""
+
+    loss_weights = {"preference_loss": 1.0, "lm_loss": 0.1}
+    needs_reference = True
+
+    def before_step(self, step: TrainStep, micro_batches: list[MicroBatch]) -> None:
+        assert step.reference is not None
+        found = step.forward_only(
+            step.reference,
+            micro_batches,
+            lambda output, batch: self._segments(output, batch),
+        )
+        for batch, sums in zip(micro_batches, found, strict=False):
+            batch.extras = {"reference": sums}
+
+    def counts(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        pairs = torch.tensor(float(len(_pairs(batch))))
+        return {
+            "preference_loss": counted_once(pairs, self.topology),
+            "lm_loss": self._preferred(batch).sum(),
+        }
+
+    def losses(self, output: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        assert batch.extras is not None
+        pairs = _pairs(batch)
+        gain = self._segments(output, batch) - batch.extras["reference"]
+        margin = gain[pairs[:, 0]] - gain[pairs[:, 1]]
+        preference = -F.logsigmoid(BETA * margin).sum()
+        log_probs = label_log_probs(output, batch, self.topology)
+        return {
+            "preference_loss": counted_once(preference, self.topology),
+            "lm_loss": -(log_probs * self._preferred(batch)).sum(),
+        }
+
+    def _segments(self, output: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        log_probs = label_log_probs(output, batch, self.topology) * batch.loss_mask
+        return segment_sums(log_probs, batch, self.topology)
+
+    def _preferred(self, batch: MicroBatch) -> torch.Tensor:
+        chosen = torch.zeros(batch.num_segments)
+        chosen[_pairs(batch)[:, 0]] = 1
+        return batch.loss_mask * chosen[batch.segment_ids]
+
+
+register_objective("preference", Preference)
+
+
+def _train(data: Path, run_dir: Path, world_size: int, *words: str) -> Any:
+    base = ("training.objective=preference", "training.train_iters=6", "training.eval_interval=3")
+    return train_case(recipe(data, run_dir, *base, *words), world_size)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pp2_cp2_ep2",
+        "tp2_sp",
+        pytest.param("pp2_vpp2_ep2_overlap", marks=pytest.mark.slow),
+        pytest.param("dp2_mbs2", marks=pytest.mark.slow),
+    ],
+)
+def test_preference_equals_one_process(name: str, nano_data: Path, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    one = _train(nano_data, tmp_path / "one", 1)
+    run = _train(nano_data, tmp_path / "run", layout.world_size, *layout.overrides)
+    assert max(differences(run, one).values()) < 1e-11
+    for mine, theirs in zip(run.metrics, one.metrics, strict=True):
+        for key in ("preference_loss", "validation_preference_loss", "validation_loss"):
+            assert (key in mine) == (key in theirs)
+            if key in mine:
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-11)
+    assert "validation_preference_loss" in one.metrics[-1]
+
+
+@pytest.mark.distributed
+def test_preference_learns(nano_data: Path, tmp_path: Path) -> None:
+    """At the start the policy is its reference: ln 2 exactly; then the margin grows."""
+    words = ("optimizer.lr=3e-4", "training.train_iters=12", "data.shuffle=false")
+    run = _train(nano_data, tmp_path / "run", 1, *words)
+    losses = [entry["preference_loss"] for entry in run.metrics]
+    assert losses[0] == pytest.approx(0.6931471805599453, rel=1e-12)
+    # The set is seen several times.
+    assert sum(losses[-3:]) / 3 < 0.9 * losses[0], losses
