@@ -72,9 +72,7 @@ def dots1_config(language: LanguageConfig, **options: Any) -> Dots1Config:
     )
 
 
-def to_dots1(
-    ours: dict[str, torch.Tensor], language: LanguageConfig
-) -> dict[str, torch.Tensor]:
+def to_dots1(ours: dict[str, torch.Tensor], language: LanguageConfig) -> dict[str, torch.Tensor]:
     """Rename and cut an unsharded decoder's tensors: weights, or gradients (the map is linear).
 
     Args:

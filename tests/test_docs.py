@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
@@ -200,14 +201,14 @@ def test_layouts_are_those_that_are_tested() -> None:
 
 
 @pytest.mark.unit
-def test_rooms_import_from_lower_floors_only() -> None:
+def test_floors_are_those_that_are_enforced() -> None:
     rows = table(ROOT / "docs/architecture.md", "Floor")
-    floors = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
-    assert set(floors) == ROOMS | {"errors"}
-    for room in ROOMS:
-        for file in (PACKAGE / room).rglob("*.py"):
-            for used in set(re.findall(r"^\s*from megatron_vlm\.(\w+)", file.read_text(), re.M)):
-                assert used == room or floors[used] < floors[room], f"{file} imports {used}"
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = (each["layers"] for each in contracts["contracts"] if each["type"] == "layers")
+    assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows] == [
+        set(re.findall(r"\w+", layer)) for layer in layers
+    ]
+    assert [int(floor) for floor, _ in rows] == list(reversed(range(len(rows))))
 
 
 @pytest.mark.unit

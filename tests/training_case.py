@@ -86,7 +86,10 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     run.run(on_step=observe)
     run.trainable.gather_parameters()
     parts = local_parts(run.step.model.sharded_state_dict())
-    extra = {"bytes_read": run.data.reader.bytes_read, "device": str(topology.device)}
+    extra = {
+        "bytes_read": run.data.reader.bytes_read,
+        "pictures_decoded": run.data.reader.pictures_decoded,
+    }
     dist.barrier()
     destroy_topology()
     stop()

@@ -157,7 +157,9 @@ def _table(title: str, columns: Iterable[str]) -> Table:
     from rich.table import Table
 
     # Without lines, so that nine columns of sizes fit into 80 characters.
-    table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    table = Table(
+        title=f"\n{title}", title_justify="left", box=None, padding=(0, 1), pad_edge=False
+    )
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

@@ -204,9 +204,7 @@ def _encoder_bytes(
     return saved.kept + max(0.0, saved.recomputed - besides)
 
 
-def _feature_bytes(
-    config: RunConfig, layout: Layout, pp: int, assumptions: Assumptions
-) -> int:
+def _feature_bytes(config: RunConfig, layout: Layout, pp: int, assumptions: Assumptions) -> int:
     if config.model.vision is None:
         return 0
     tokens = _encoded_tokens(config, layout, assumptions)

@@ -22,7 +22,7 @@ def open_logs(run_dir: Path, rank: int) -> None:
         handler.close()
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:05d}.log")]
     if rank == 0:
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(_Terminal())
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -30,6 +30,14 @@ def open_logs(run_dir: Path, rank: int) -> None:
     # The engine warns about every substituted layer; its errors still show.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logger.propagate = False
+
+
+class _Terminal(logging.StreamHandler):
+    """Writes to whatever stdout is at the moment: the progress bar puts itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
 
 
 class StepBar:
@@ -45,6 +53,8 @@ class StepBar:
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
+                # Lines above the bar where both share a terminal; a file keeps its lines.
+                redirect_stdout=sys.stdout.isatty(),
             )
             self._task = self._bar.add_task("steps", total=total, completed=done, rate="")
 

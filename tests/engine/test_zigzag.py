@@ -63,25 +63,15 @@ def test_positions() -> None:
     assert positions(bounds).tolist() == expected
 
 
-class _Group:
-    """The engine asks a group for its size and rank only."""
-
-    def __init__(self, size: int, rank: int) -> None:
-        self._size, self._rank = size, rank
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return self._rank
-
-
 @pytest.mark.parametrize("cp", [2, 4])
-def test_one_segment_is_cut_as_by_the_engine(cp: int) -> None:
+def test_one_segment_is_cut_as_by_the_engine(monkeypatch: pytest.MonkeyPatch, cp: int) -> None:
+    from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     length = 6 * 2 * cp
+    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: cp)
     for rank in range(cp):
-        batch = {"tokens": torch.arange(length).view(1, length)}
-        theirs = get_batch_on_this_cp_rank(batch, cp_group=_Group(cp, rank))["tokens"]
-        assert local_tokens(_bounds(length), cp, rank).tolist() == theirs.flatten().tolist()
+        monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
+        theirs = get_batch_on_this_cp_rank({"tokens": torch.arange(length).view(1, length)})
+        mine = local_tokens(_bounds(length), cp, rank)
+        assert mine.tolist() == theirs["tokens"].flatten().tolist()

@@ -65,9 +65,7 @@ def _build(world: World, config: RunConfig) -> dict[str, Any]:
     layers = model.chunks[0].decoder.layers
     counts = {
         "decoder": sum(p.numel() for p in model.chunks[0].parameters()),
-        "experts": sum(
-            p.numel() for layer in layers[1:] for p in layer.mlp.experts.parameters()
-        ),
+        "experts": sum(p.numel() for layer in layers[1:] for p in layer.mlp.experts.parameters()),
         "devices": {p.device.type for p in model.chunks[0].parameters()},
     }
     if model.encoder is not None:

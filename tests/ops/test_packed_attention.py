@@ -67,9 +67,7 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype) -
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == dtype
         largest = max(1.0, float(other.detach().abs().max())) if other.numel() else 1.0
-        torch.testing.assert_close(
-            mine.double(), other, rtol=0, atol=TOLERANCE[dtype] * largest
-        )
+        torch.testing.assert_close(mine.double(), other, rtol=0, atol=TOLERANCE[dtype] * largest)
 
 
 def check(
@@ -130,7 +128,8 @@ def test_no_tokens_still_send_gradients(lengths: list[int]) -> None:
     inputs = tensors(torch.float32, (0, 0), 4, 2, (8, 16))
     out = packed_attention(*inputs, bounds(lengths), causal=True)
     assert out.shape == (0, 4, 16)
-    assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(out.sum(), inputs), inputs))
+    gradients = torch.autograd.grad(out.sum(), inputs)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
 
 
 def test_other_segments_never_enter() -> None:
@@ -177,9 +176,7 @@ def test_bounds_that_do_not_fit_are_refused(lengths: list[int], message: str) ->
         packed_attention(q, k, v, bounds(lengths), causal=True)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_tokens", "value_heads"), [(3, 10, 2), (4, 10, 1), (4, 9, 2)]
-)
+@pytest.mark.parametrize(("heads", "kv_tokens", "value_heads"), [(3, 10, 2), (4, 10, 1), (4, 9, 2)])
 def test_shapes_that_do_not_fit_are_refused(heads: int, kv_tokens: int, value_heads: int) -> None:
     q, k = torch.randn(10, heads, 8), torch.randn(kv_tokens, 2, 8)
     v = torch.randn(kv_tokens, value_heads, 8)
@@ -231,9 +228,7 @@ def test_context_parallel_ranks_together_equal_one(
         gradients = torch.autograd.grad(out, inputs, seed[rows])
         for sum_, part in zip(total[1:], gradients, strict=True):
             sum_ += part.double()
-    assert_close(
-        [x.to(dtype) for x in total], [expected, *expected_gradients], dtype
-    )
+    assert_close([x.to(dtype) for x in total], [expected, *expected_gradients], dtype)
 
 
 def test_queries_without_visible_keys_are_zero() -> None:
@@ -302,6 +297,4 @@ def test_equals_reference_on_a_gpu(dtype: torch.dtype, causal: bool) -> None:
     exact = tuple(x.detach().double().cpu().requires_grad_() for x in inputs)
     expected = reference(*exact, self_masks(MIXED, causal))
     expected_gradients = torch.autograd.grad(expected, exact, seed.double().cpu())
-    assert_close(
-        [x.cpu() for x in (out, *gradients)], [expected, *expected_gradients], dtype
-    )
+    assert_close([x.cpu() for x in (out, *gradients)], [expected, *expected_gradients], dtype)

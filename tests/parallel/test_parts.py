@@ -1,0 +1,69 @@
+"""Frozen parts stay, others train alike in every layout; and a rank reads only what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.layouts import LAYOUTS
+from tests.training_case import differences, recipe, train_case
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("frozen", "name"),
+    [
+        ("[language]", "pp2_vpp2_ep2_overlap"),
+        ("[vision]", "tp2_sp"),
+        pytest.param("[vision,adapter]", "pp2_cp2_ep2", marks=pytest.mark.slow),
+        pytest.param("[vision,language]", "dp2_mbs2", marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_parts(frozen: str, name: str, nano_data: Path, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    words = (f"training.freeze={frozen}", "training.train_iters=4")
+    start = train_case(
+        recipe(
+            nano_data,
+            tmp_path / "start",
+            "training.train_iters=2",
+            "optimizer.lr=1e-300",
+            "model.language.moe_router_bias_update_rate=0",
+        )
+    )
+    one = train_case(recipe(nano_data, tmp_path / "one", *words))
+    run = train_case(
+        recipe(nano_data, tmp_path / "run", *words, *layout.overrides), layout.world_size
+    )
+    assert max(differences(run, one).values()) < 1e-11
+    prefixes = {"vision": "vision.trunk.", "adapter": "vision.adapter.", "language": "language."}
+    parts = frozen.strip("[]").split(",")
+    for part, prefix in prefixes.items():
+        names = [key for key in one.parameters if key.startswith(prefix)]
+        moved = [
+            key
+            for key in names
+            if float((one.parameters[key] - start.parameters[key]).abs().max()) > 1e-12
+        ]
+        assert bool(moved) == (part not in parts), (part, moved[:3])
+
+
+@pytest.mark.distributed
+def test_a_rank_reads_what_it_computes_on(nano_data: Path, tmp_path: Path) -> None:
+    """Each picture is decoded once over all ranks; the middle of a pipeline reads no text."""
+    words = ("training.train_iters=3", "data.prefetch_steps=0")
+    layout = LAYOUTS["pp3_uneven"]
+    one = train_case(recipe(nano_data, tmp_path / "one", *words), 1)
+    run = train_case(
+        recipe(nano_data, tmp_path / "run", *words, *layout.overrides), layout.world_size
+    )
+    pictures = sum(entry["images"] for entry in run.metrics)
+    decoded = [extra["pictures_decoded"] for extra in run.extra]
+    assert sum(decoded) == pictures and min(decoded) > 0
+    whole = one.extra[0]["bytes_read"]
+    read = [extra["bytes_read"] for extra in run.extra]
+    # First and last stage read the text, the middle one does not: once too much in all.
+    text = sum(read) - whole
+    assert 0 < text < whole
+    assert read[1] + text <= read[0] + whole / 4
