@@ -154,7 +154,10 @@ def test_keys_are_in_the_schema(path: Path) -> None:
 @documents
 def test_commands_in_prose(path: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = set().union(*(options(parser_of(name)) for name in COMMANDS))
     for words in (text.split() for text in code(path)):
+        if words[0].startswith("--"):
+            assert words[0] in known, f"{path.name}: {' '.join(words)}"
         if words[0] == "make" and len(words) > 1:
             assert words[1] in targets, f"{path.name}: {' '.join(words)}"
         if words[0] == "mvlm" and len(words) > 1 and not words[1].isupper():

@@ -97,17 +97,15 @@ def plan_buckets(
     for bucket, group in enumerate(groups):
         for row, segment in enumerate(group):
             places[segment] = (bucket, row)
-    # A plan first made in an evaluation is used again in training, where autograd saves masks.
-    with torch.inference_mode(False):
-        q = _bucket_side(q_lengths, groups, device)
-        kv = q if kv_lengths == q_lengths else _bucket_side(kv_lengths, groups, device)
-        key_padding: list[Tensor | None] = []
-        for group, length, rows in zip(groups, kv.lengths, kv.padding, strict=True):
-            if rows is None:
-                key_padding.append(None)
-                continue
-            mask = torch.zeros(len(group) * length, dtype=torch.bool, device=device)
-            key_padding.append(mask.index_fill_(0, rows, True).view(len(group), length))
+    q = _bucket_side(q_lengths, groups, device)
+    kv = q if kv_lengths == q_lengths else _bucket_side(kv_lengths, groups, device)
+    key_padding: list[Tensor | None] = []
+    for group, length, rows in zip(groups, kv.lengths, kv.padding, strict=True):
+        if rows is None:
+            key_padding.append(None)
+            continue
+        mask = torch.zeros(len(group) * length, dtype=torch.bool, device=device)
+        key_padding.append(mask.index_fill_(0, rows, True).view(len(group), length))
     return BucketPlan(groups, tuple(places), q, kv, tuple(key_padding))
 
 

@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -238,6 +239,9 @@ def _substitute_tensors() -> None:
 
         return wrapper
 
+    # torch lists its factories on first use, to find them under `with torch.device(...)`: it must
+    # see the real ones.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

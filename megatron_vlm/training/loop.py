@@ -106,31 +106,32 @@ class Run:
         writer = MetricsWriter(self.run_dir, progress.iteration) if self.is_main else None
         saved_at = progress.iteration
         asked = False
-        with (
-            StopRequest() as request,
-            StepBar(progress.iteration, total, self.is_main) as bar,
-            self._loader() as loader,
-        ):
-            while progress.iteration < total and not asked:
-                metrics = self._one_step(loader)
-                asked = self._anyone(request.received is not None)
-                if self._due(config.training.eval_interval) or progress.iteration == total:
-                    metrics |= self._validate()
-                if writer is not None:
-                    writer.write(metrics)
-                    if progress.iteration % config.training.log_interval == 0:
-                        world = self.topology.layout.world_size
-                        logger.info(log_line(metrics, total, world))
-                bar.advance(metrics["step_time_s"])
-                if on_step is not None:
-                    on_step(metrics)
-                self.checkpointer.poll()
-                if self._due(config.checkpoint.save_interval):
-                    self.checkpointer.save(self.trainable, progress)
-                    saved_at = progress.iteration
-        if saved_at != progress.iteration:
-            self.checkpointer.save(self.trainable, progress)
-        self.checkpointer.close()
+        with StopRequest() as request:
+            with (
+                StepBar(progress.iteration, total, self.is_main) as bar,
+                self._loader() as loader,
+            ):
+                while progress.iteration < total and not asked:
+                    metrics = self._one_step(loader)
+                    asked = self._anyone(request.received is not None)
+                    if self._due(config.training.eval_interval) or progress.iteration == total:
+                        metrics |= self._validate()
+                    if writer is not None:
+                        writer.write(metrics)
+                        if progress.iteration % config.training.log_interval == 0:
+                            world = self.topology.layout.world_size
+                            logger.info(log_line(metrics, total, world))
+                    bar.advance(metrics["step_time_s"])
+                    if on_step is not None:
+                        on_step(metrics)
+                    self.checkpointer.poll()
+                    if self._due(config.checkpoint.save_interval):
+                        self.checkpointer.save(self.trainable, progress)
+                        saved_at = progress.iteration
+            # Inside, since signals come more than once: a second one must not end the save.
+            if saved_at != progress.iteration:
+                self.checkpointer.save(self.trainable, progress)
+            self.checkpointer.close()
         if writer is not None:
             writer.close()
         if asked and progress.iteration < total and self.is_main:

@@ -20,7 +20,7 @@ _FORWARD_AND_BACKWARD = 3
 
 
 class MetricsWriter:
-    """Appends one object per step to metrics.jsonl and the same values to TensorBoard.
+    """Appends one object per step to metrics.jsonl and the same values, as float32, to TensorBoard.
 
     Opened at iteration n, it removes what an interrupted run had written beyond n, in both, so
     every step stands there once.
@@ -51,8 +51,9 @@ class MetricsWriter:
         self._stream.write(json.dumps(metrics) + "\n")
         self._stream.flush()
         for name, value in metrics.items():
-            # Doubles, so that both files hold the very same number.
-            self._board.add_scalar(name, value, step, new_style=True, double_precision=True)
+            # The older form, though it is float32: of the newer one TensorBoard's EventAccumulator
+            # keeps the steps that a resumed run has taken back.
+            self._board.add_scalar(name, value, step)
         self._board.flush()
 
     def close(self) -> None:

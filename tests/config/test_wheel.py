@@ -72,16 +72,26 @@ def test_command_line_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
 
-    def mvlm(*words: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-m", "megatron_vlm", *words],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    assert "commands:" in mvlm("--help")
-    printed = mvlm("config", "wheel-test", "training.train_iters=5")
+    assert "commands:" in _mvlm(tmp_path, "--help")
+    printed = _mvlm(tmp_path, "config", "wheel-test", "training.train_iters=5")
     assert "train_iters: 5" in printed and "hidden_size: 64" in printed
+
+
+def test_training_from_the_wheel_alone(wheel: Path, nano_data: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    shutil.copy(ROOT / "tests" / "nano.yaml", tmp_path)
+    words = (f"data.train={nano_data / 'train'}", "training.train_iters=2", "run_dir=run")
+    _mvlm(tmp_path, "train", "nano.yaml", *words)
+    assert (tmp_path / "run" / "checkpoints" / "iter_0000002" / "manifest.json").is_file()
+
+
+def _mvlm(folder: Path, *words: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_vlm", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout

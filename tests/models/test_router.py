@@ -151,14 +151,6 @@ def test_balance_gradient_by_finite_differences() -> None:
     (probs * 0).sum().backward()
     step = 1e-6
     for expert, channel in ((0, 3), (5, 60), (7, 0)):
-        with torch.no_grad():
-            router.weight[expert, channel] += step
-            up = loss()
-            router.weight[expert, channel] -= 2 * step
-            down = loss()
-            router.weight[expert, channel] += step
-        # Without gradients nothing is attached, so ask with them.
-        assert up == down == 0.0
         values = []
         for sign in (1, -1):
             with torch.no_grad():

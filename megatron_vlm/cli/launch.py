@@ -1,0 +1,74 @@
+"""`mvlm launch`: a training run as processes of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = """Train on this machine: one process for each device, started and ended together.
+
+The recipe, the layout and the data sets are checked before anything starts. Ctrl-C or SIGTERM
+saves a checkpoint and leaves; a second Ctrl-C kills. The output of ranks above 0 goes to
+run_dir/logs/rank_NNNNN.out.
+
+example:
+  mvlm launch demo --nproc 2 data.train=datasets/train run_dir=runs/first
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `RECIPE [key=value ...] [--nproc N]`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or a shipped recipe's name")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example training.train_iters=100"
+    )
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="processes (default: one for each GPU, or 1)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, start, wait; raises UserError when something is wrong beforehand."""
+    from megatron_vlm.config import load_recipe
+    from megatron_vlm.errors import ConfigError
+    from megatron_vlm.topology.layout import resolve_layout
+
+    config = load_recipe(args.recipe, args.overrides)
+    if args.nproc is not None and args.nproc < 1:
+        raise ConfigError(f"--nproc {args.nproc}: expected a number of processes above 0")
+    if args.nproc is not None:
+        resolve_layout(config, args.nproc)
+    # From here on torch is imported: only once the quick checks have passed.
+    count = _processes(args.nproc)
+    resolve_layout(config, count)
+    from megatron_vlm.platform.local_launch import run_local_ranks
+    from megatron_vlm.training.datasets import open_held_out_sets, open_training_set
+
+    open_training_set(config)
+    open_held_out_sets(config)
+    command = [sys.executable, "-m", "megatron_vlm", "train", args.recipe, *args.overrides]
+    if args.debug:
+        command.append("--debug")
+    return run_local_ranks(command, count, Path(config.run_dir) / "logs")
+
+
+def _processes(asked: int | None) -> int:
+    """How many to start: as many as asked, else one for each GPU.
+
+    Raises:
+        ConfigError: more than there are GPUs.
+    """
+    import torch
+
+    from megatron_vlm.errors import ConfigError
+
+    if not torch.cuda.is_available():
+        return asked or 1
+    devices = torch.cuda.device_count()
+    if asked is not None and asked > devices:
+        raise ConfigError(
+            f"--nproc {asked}: this machine has {devices} GPUs and each process needs its own; "
+            f"start at most {devices}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+    return asked or devices
