@@ -40,7 +40,10 @@ def prose(path: Path) -> str:
 
 def code(path: Path) -> list[str]:
     """What stands in single backticks."""
-    return re.findall(r"`([^`\n]+)`", prose(path))
+    text = prose(path)
+    for line in text.splitlines():
+        assert line.count("`") % 2 == 0, f"{path.name}: code goes over the end of a line: {line}"
+    return re.findall(r"`([^`]+)`", text)
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -194,8 +197,20 @@ def test_layouts_are_those_that_are_tested() -> None:
     for name, processes, _ in table(path, "Layout"):
         said[name.split("`")[1]] = (int(processes), name.endswith("*"))
     assert said == {name: (case.world_size, case.quick) for name, case in LAYOUTS.items()}
-    for row in table(ROOT / "README.md", "What is split"):
-        assert set(re.findall(r"`(\w+)`", row[1])) <= set(ParallelConfig.model_fields), row
+    sizes: dict[str, set[int]] = {}
+    for case in LAYOUTS.values():
+        given = dict(word.removeprefix("parallel.").split("=") for word in case.overrides)
+        rest = case.world_size
+        for key in ("tensor_model", "pipeline_model", "context"):
+            rest //= int(given.get(f"{key}_parallel_size", 1))
+        for key, size in {**given, "data": str(rest)}.items():
+            if size.isdigit() and size != "1":
+                sizes.setdefault(key, set()).add(int(size))
+    for _, keys, name, proven in table(ROOT / "README.md", "What is split"):
+        named = re.findall(r"`(\w+)`", keys) or ["data"]
+        assert set(named) <= {*ParallelConfig.model_fields, "data"}
+        if name not in ("", "overlap"):
+            assert set(map(int, re.findall(r"\d+", proven))) == sizes[named[0]], name
     defaults = {row[0].strip("`").split(".")[1]: row[1] for row in table(path, "Key")}
     assert defaults == {
         name: {None: "null", False: "false"}.get(field.default, str(field.default))

@@ -140,7 +140,7 @@ def examine() -> Iterator[Part]:
             "DALI",
             False,
             lambda: _import("nvidia.dali", "nvidia-dali-cuda130"),
-            "pictures are decoded by Pillow on the CPU",
+            "nothing is lost yet: Pillow decodes pictures on the CPU, with DALI too",
         ),
         ("MPI (mpi4py)", False, _mpi4py, "ranks cannot be started by mpirun; torchrun still works"),
         ("MPI launcher", False, _mpi_launcher, "mpirun is not available; torchrun still works"),

@@ -43,7 +43,7 @@ def collect_router_statistics(
     totals = torch.zeros(2, dtype=torch.float64, device=topology.device)
     group = topology.language.tp_dp_cp
     if mine:
-        counts = torch.stack([router.tokens_per_expert for router in mine])
+        counts = torch.stack([router.tokens_per_expert for router in mine]).double()
         dist.all_reduce(counts, group=group)
         for router, summed in zip(mine, counts, strict=True):
             router.tokens_per_expert.copy_(summed)

@@ -76,7 +76,7 @@ def decoder_layer_bytes(
         return Saved(everything)
     if recompute.language == "full":
         return Saved(entry, everything - entry)
-    named = set(recompute.language_modules)
+    named: set[str] = set(recompute.language_modules)
     if "moe" in named:
         # The whole layer of experts, its activation included.
         named |= {"moe_act", "router"}
@@ -208,7 +208,7 @@ def encoder_block_bytes(
     entry = hidden * element * patches
     # Both norms' outputs, the sum between; queries, keys and values; attention's output; then
     # gate, up and their product.
-    fixed = (2 + 1 + 3 + 1) * hidden * element + 3 * inner * element + 2 * wide
+    fixed = 7.0 * hidden * element + 3 * inner * element + 2 * wide
     if device == "cpu":
         fixed += 2 * hidden * element
     fixed *= patches

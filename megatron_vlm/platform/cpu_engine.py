@@ -316,6 +316,7 @@ def _substitute_engine() -> None:
     import multiprocessing
 
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+    import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.core.transformer.multi_latent_attention as mla
@@ -335,6 +336,10 @@ def _substitute_engine() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = identity
     filesystem_async._get_write_results_queue = results_queue
     # Read unconditionally by the engine, defined only where Transformer Engine imports.
+    if not hasattr(random, "FP8GlobalStateManager"):
+        random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=_returning(False))
+        random.activation_recompute_forward = lambda **_: contextlib.nullcontext()
+        random.fp8_autocast = lambda **_: contextlib.nullcontext()
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     if not isinstance(mla.TELinear, type):

@@ -14,8 +14,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_vlm.config import RunConfig, load_recipe
-from megatron_vlm.platform import World, start_distributed, stop
 from megatron_vlm.planning.shapes import active_parameters, model_parameters, trunk_parameters
+from megatron_vlm.platform import World, start_distributed, stop
 from megatron_vlm.topology.layout import resolve_layout
 from tests.ranks import run_ranks
 from tests.training_case import RECIPE

@@ -141,8 +141,7 @@ def test_pictures_grow_the_encoder_and_the_features_alone() -> None:
     assert more.encoder == pytest.approx(2 * some.encoder)
     assert more.features == 2 * some.features
     assert more.decoder == some.decoder
-    # 8 rows of 128 tokens, four patches each, over two ranks: two of three kinds of activation
-    # stay with recompute; the default is half of the row.
+    # Rows of 256 tokens: half of each is the default.
     assert _plan(2).encoder == more.encoder
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from megatron_vlm.config import RunConfig, load_recipe
-from megatron_vlm.platform import World, start_distributed, stop
 from megatron_vlm.planning.report import place
 from megatron_vlm.planning.shapes import (
     Parameters,
@@ -17,6 +16,7 @@ from megatron_vlm.planning.shapes import (
     model_parameters,
     rank_parameters,
 )
+from megatron_vlm.platform import World, start_distributed, stop
 from megatron_vlm.topology.layout import resolve_layout
 from tests.parallel.layouts import LAYOUTS
 from tests.ranks import run_ranks

@@ -1,0 +1,166 @@
+"""Recomputed activations change no number, and are really recomputed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.driver import with_run
+from tests.training_case import assemble, local_parts, recipe
+
+pytestmark = pytest.mark.distributed
+
+STEPS = ("training.train_iters=3", "training.global_batch_size=4")
+MODULES = ("core_attn", "moe_act", "mlp", "moe", "layernorm")
+SELECTIVE = "recompute.language=selective"
+CASES: dict[str, tuple[str, ...]] = {
+    **{name: (SELECTIVE, f"recompute.language_modules=[{name}]") for name in MODULES},
+    "all_modules": (SELECTIVE, f"recompute.language_modules=[{','.join(MODULES)}]"),
+    "language_full": ("recompute.language=full",),
+    "vision_selective": ("recompute.vision=selective",),
+    "vision_full": ("recompute.vision=full",),
+    "both_full": ("recompute.language=full", "recompute.vision=full"),
+}
+AGAIN: dict[str, set[str]] = {
+    "core_attn": {"core_attn"},
+    "moe_act": {"moe_act"},
+    "mlp": {"mlp"},
+    "moe": {"router", "moe_act"},
+    "layernorm": {"norm"},
+    "all_modules": {"core_attn", "moe_act", "mlp", "router", "norm"},
+    "language_full": {"core_attn", "moe_act", "mlp", "router", "norm"},
+    "vision_selective": {"vision_attention"},
+    "vision_full": {"vision_attention", "vision_block"},
+    "both_full": {
+        *("core_attn", "moe_act", "mlp", "router", "norm"),
+        *("vision_attention", "vision_block"),
+    },
+}
+"""Which parts run a second time in each case."""
+
+
+def _count_calls(calls: Counter[str]) -> None:
+    """Count calls of each part; in this forked process, for good."""
+    from megatron.core.transformer.mlp import MLP
+
+    from megatron_vlm.models.language import experts
+    from megatron_vlm.models.language.attention import PackedCoreAttention
+    from megatron_vlm.models.language.norm import Norm
+    from megatron_vlm.models.language.router import SigmoidRouter
+    from megatron_vlm.models.vision.navit import Block
+
+    def counted(owner: Any, attribute: str, name: str) -> None:
+        real = getattr(owner, attribute)
+
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            # Shared experts are an MLP too, of another class.
+            if name != "mlp" or type(arguments[0]) is MLP:
+                calls[name] += 1
+            return real(*arguments, **options)
+
+        setattr(owner, attribute, wrapper)
+
+    counted(PackedCoreAttention, "forward", "core_attn")
+    counted(experts, "weighted_swiglu", "moe_act")
+    counted(MLP, "forward", "mlp")
+    counted(SigmoidRouter, "forward", "router")
+    counted(Norm, "forward", "norm")
+    counted(Block, "_attend", "vision_attention")
+    counted(Block, "forward", "vision_block")
+
+
+def _train(run: Any) -> dict[str, Any]:
+    from megatron_vlm.engine.routers import routers
+
+    calls: Counter[str] = Counter()
+    _count_calls(calls)
+    metrics, routing = [], []
+
+    def observe(entry: dict[str, Any]) -> None:
+        metrics.append(dict(entry))
+        found = routers(run.step.model.chunks)
+        routing.append([router.tokens_per_expert.tolist() for router in found])
+
+    run.held_out = {}
+    run.run(on_step=observe)
+    return {
+        "metrics": metrics,
+        "routing": routing,
+        "calls": dict(calls),
+        "parts": local_parts(run.step.model.sharded_state_dict()),
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(nano_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process that keeps every activation."""
+    config = recipe(nano_data, tmp_path_factory.mktemp("kept"), *STEPS)
+    (found,) = with_run(config, _train)
+    # Counts of a step are of its real tokens: what a double count would break.
+    language = config.model.language
+    tokens = [entry["consumed_tokens"] for entry in found["metrics"]]
+    for total, before, layers in zip(tokens, [0, *tokens], found["routing"], strict=False):
+        for counts in layers:
+            assert sum(counts) == language.moe_router_topk * (total - before)
+    return found
+
+
+def _assert_same(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    names = ("lm_loss", "grad_norm", "load_balancing_loss", "expert_imbalance")
+    for mine, other in zip(ranks[0]["metrics"], reference["metrics"], strict=True):
+        for name in names:
+            assert math.isclose(mine[name], other[name], rel_tol=1e-12), name
+    assert len(reference["metrics"]) == 3
+    expected = assemble([reference["parts"]])
+    found = assemble([rank["parts"] for rank in ranks])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-12, atol=1e-13), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_numbers(
+    nano_data: Path, tmp_path: Path, reference: dict[str, Any], name: str
+) -> None:
+    (found,) = with_run(recipe(nano_data, tmp_path, *STEPS, *CASES[name]), _train)
+    _assert_same([found], reference)
+    assert found["routing"] == reference["routing"], "counted once, however often computed"
+    once = reference["calls"]
+    assert found["calls"].keys() == once.keys()
+    again = {part for part, count in found["calls"].items() if count > once[part]}
+    assert again == AGAIN[name], found["calls"]
+    for part in AGAIN[name] - {"norm"}:
+        # Inside a MoE layer that is recomputed, its activation is so once more.
+        times = 3 if (name, part) == ("all_modules", "moe_act") else 2
+        assert found["calls"][part] == times * once[part], part
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size"),
+    [
+        (("parallel.pipeline_model_parallel_size=2",), 2),
+        (
+            (
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "parallel.expert_model_parallel_size=2",
+            ),
+            4,
+        ),
+    ],
+    ids=["pp2", "pp2_vpp2_ep2"],
+)
+def test_full_recompute_in_a_pipeline(
+    nano_data: Path,
+    tmp_path: Path,
+    reference: dict[str, Any],
+    words: tuple[str, ...],
+    world_size: int,
+) -> None:
+    config = recipe(nano_data, tmp_path, *STEPS, *CASES["both_full"], *words)
+    _assert_same(with_run(config, _train, world_size), reference)
