@@ -223,9 +223,7 @@ def build_peer(config: Any, weights: dict[str, Any]) -> tuple[Step, int]:
 
     language = config.model.language
     model = Dots1ForCausalLM(dots1_config(language, attn_implementation="sdpa"))
-    model.load_state_dict(
-        to_dots1(weights, language) | dict(model.named_buffers()), strict=False
-    )
+    model.load_state_dict(to_dots1(weights, language) | dict(model.named_buffers()), strict=False)
     count = sum(value.numel() for value in model.parameters())
     if count != sum(value.numel() for value in weights.values()):
         raise SystemExit(f"the two models differ: the peer has {count} parameters")

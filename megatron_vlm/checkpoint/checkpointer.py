@@ -50,16 +50,18 @@ class Progress:
 class Checkpointer:
     """Saves a run under `run_dir/checkpoints`."""
 
-    def __init__(self, config: RunConfig, tokenizer_json: str) -> None:
+    def __init__(self, config: RunConfig, tokenizer_json: str, stream: dict[str, Any]) -> None:
         """Nothing is written yet.
 
         Args:
             config: the run; checkpoints carry it.
             tokenizer_json: the data set's `tokenizer.json`; checkpoints carry it too.
+            stream: what decides the order of the data (`data_stream`).
         """
         settings = config.checkpoint
         self.root = Path(config.run_dir) / "checkpoints"
         self._config = config
+        self._stream = stream
         self._texts = {"config.yaml": dump_yaml(config), folder.TOKENIZER: tokenizer_json}
         self._writer = CheckpointWriter(
             self.root, settings.async_save, settings.keep_last, settings.keep_every
@@ -79,7 +81,7 @@ class Checkpointer:
             "progress": asdict(progress),
             "model": self._config.model.model_dump(mode="json"),
             "precision": self._config.training.precision,
-            "has_optimizer": True,
+            "data": self._stream,
             "frozen": sorted(self._config.training.freeze),
             "layout": asdict(trainable.model.topology.layout),
             "versions": {
@@ -97,6 +99,23 @@ class Checkpointer:
     def close(self) -> None:
         """Finish what is under way."""
         self._writer.close()
+
+
+def check_same_stream(path: Path, stream: dict[str, Any]) -> None:
+    """Refuse to resume a run whose rows would not be the ones it has counted.
+
+    Raises:
+        CheckpointError: the data set, its packing, or the seed has changed.
+    """
+    found = folder.find_checkpoint(path)
+    saved = folder.read_state(found)["data"]
+    for name, value in stream.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{found} was trained with {name} {saved.get(name)}, this run has {value}: the "
+                "position in the data would mean other rows; restore it, or start a new run_dir "
+                f"from these weights with checkpoint.load={found}"
+            )
 
 
 def load_run(path: Path, trainable: Trainable, config: RunConfig, optimizer: bool) -> Progress:

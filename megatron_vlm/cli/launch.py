@@ -50,7 +50,15 @@ def run(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "megatron_vlm", "train", args.recipe, *args.overrides]
     if args.debug:
         command.append("--debug")
-    return run_local_ranks(command, count, Path(config.run_dir) / "logs")
+    logs = Path(config.run_dir) / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {config.run_dir}: {error.filename} cannot be made ({error.strerror}); "
+            "choose a folder that can be written"
+        ) from error
+    return run_local_ranks(command, count, logs)
 
 
 def _processes(asked: int | None) -> int:

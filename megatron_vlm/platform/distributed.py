@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -103,6 +104,8 @@ def _quiet_engine() -> None:
     # Deprecations and hints that the engine's calls set off in torch, on every rank.
     for module in ("torch", "megatron"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
+    # It warns about every layer that is not its own; its errors still show.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def _integer(name: str, default: int | None = None) -> int:

@@ -27,8 +27,6 @@ def open_logs(run_dir: Path, rank: int) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    # The engine warns about every substituted layer; its errors still show.
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     logger.propagate = False
 
 

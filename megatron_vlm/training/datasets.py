@@ -41,6 +41,21 @@ def open_held_out_sets(config: RunConfig) -> dict[str, OpenDataset]:
     }
 
 
+def data_stream(config: RunConfig, training_set: OpenDataset) -> dict[str, str | int | bool]:
+    """What, beside the number of consumed rows, decides which rows come next."""
+    index = training_set.source.index
+    return {
+        "samples of data.train": index.num_samples,
+        "tokenizer of data.train": index.tokenizer_sha256,
+        "training.seed": config.training.seed,
+        "training.seq_length": config.training.seq_length,
+        "data.pad_multiple": config.data.pad_multiple,
+        "data.packing_window": config.data.packing_window,
+        "data.shuffle": config.data.shuffle,
+        "data.skip_too_long": config.data.skip_too_long,
+    }
+
+
 def _open(config: RunConfig, path: str, shuffle: bool) -> OpenDataset:
     index = open_dataset(Path(path))
     vocabulary, rows = index.vocab_size, config.model.language.vocab_size

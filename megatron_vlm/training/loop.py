@@ -15,7 +15,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.checkpoint.checkpointer import Checkpointer, Progress, load_model, load_run
+from megatron_vlm.checkpoint.checkpointer import (
+    Checkpointer,
+    Progress,
+    check_same_stream,
+    load_model,
+    load_run,
+)
 from megatron_vlm.checkpoint.folder import list_iterations, write_atomically
 from megatron_vlm.config import RunConfig, dump_yaml
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
@@ -32,7 +38,12 @@ from megatron_vlm.platform.peak import peak_tflops
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
 from megatron_vlm.training.console import StepBar, logger, open_logs
-from megatron_vlm.training.datasets import OpenDataset, open_held_out_sets, open_training_set
+from megatron_vlm.training.datasets import (
+    OpenDataset,
+    data_stream,
+    open_held_out_sets,
+    open_training_set,
+)
 from megatron_vlm.training.held_out import validate
 from megatron_vlm.training.metrics import MetricsWriter, log_line, model_flops, vision_imbalance
 from megatron_vlm.training.schedule import learning_rate
@@ -80,7 +91,8 @@ class Run:
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
         tokenizer = training_set.source.index.tokenizer_path.read_text()
-        self.checkpointer = Checkpointer(config, tokenizer)
+        self._stream = data_stream(config, training_set)
+        self.checkpointer = Checkpointer(config, tokenizer, self._stream)
         self.progress = self._restore()
         self.step = TrainStep(
             config,
@@ -258,6 +270,7 @@ class Run:
     def _restore(self) -> Progress:
         settings = self.config.checkpoint
         if list_iterations(self.checkpointer.root):
+            check_same_stream(self.checkpointer.root, self._stream)
             progress = load_run(self.checkpointer.root, self.trainable, self.config, True)
         elif settings.load is not None:
             source = Path(settings.load)

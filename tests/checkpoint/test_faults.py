@@ -100,6 +100,14 @@ def test_another_precision_is_refused_with_its_state(trained: Path, nano_data: P
         train_case(recipe(nano_data, trained, "training.precision=bf16"), 1, timeout=60)
 
 
+@pytest.mark.distributed
+def test_other_rows_are_refused(trained: Path, nano_data: Path) -> None:
+    """Packed differently, the number of consumed rows would mean other samples."""
+    words = (FP32, "data.packing_window=16")
+    with pytest.raises(RankFailed, match=r"data\.packing_window 32, this run has 16"):
+        train_case(recipe(nano_data, trained, *words), 1, timeout=60)
+
+
 @pytest.mark.unit
 def test_incomplete_folder_is_never_read(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"

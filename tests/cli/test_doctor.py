@@ -105,6 +105,8 @@ def test_unsupported_versions(
 def test_no_part_can_crash_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "mpi4py"]:
+        monkeypatch.delitem(sys.modules, name)
     package(tmp_path, monkeypatch, pytorch="raise ImportError('libcudart.so.13:\\n cannot open')")
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").write_text("raise OSError('undefined symbol')")
     (tmp_path / "mpi4py.py").write_text("raise SystemExit(3)")

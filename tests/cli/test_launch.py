@@ -136,6 +136,7 @@ def test_two_processes_train_to_the_end(launch: Callable[..., Launched], tmp_pat
         (("parallel.pipeline_model_parallel_size=3",), "4 processes cannot hold"),
         (("data.train=/nowhere",), "/nowhere"),
         (("training.seq_len=1",), "unknown key training.seq_len"),
+        (("run_dir=/dev/null/run",), "/dev/null"),
     ],
 )
 def test_wrong_input_is_one_line_and_starts_nothing(

@@ -25,42 +25,42 @@ DOCUMENTS = [[17, 9, 14], [31, 5]]
 TOLERANCE = 3e-6
 """Relative; theirs computes norms, angles and the router in float32 whatever the weights are."""
 
-SMALL: dict[str, Any] = dict(
-    num_layers=3,
-    hidden_size=32,
-    num_attention_heads=4,
-    ffn_hidden_size=80,
-    vocab_size=61,
-    rotary_base=10000.0,
-    num_moe_experts=6,
-    moe_ffn_hidden_size=24,
-    moe_router_topk=2,
-    moe_shared_expert_intermediate_size=48,
-    moe_router_topk_scaling_factor=2.5,
-    moe_aux_loss_coeff=0.0,
-)
+SMALL: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 80,
+    "vocab_size": 61,
+    "rotary_base": 10000.0,
+    "num_moe_experts": 6,
+    "moe_ffn_hidden_size": 24,
+    "moe_router_topk": 2,
+    "moe_shared_expert_intermediate_size": 48,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_aux_loss_coeff": 0.0,
+}
 CASES = {
     "as_published": SMALL,
     "grouped_queries": SMALL
-    | dict(
-        num_query_groups=2,
-        kv_channels=12,
-        first_k_dense_replace=2,
-        num_moe_experts=9,
-        moe_router_topk=3,
-        moe_router_topk_scaling_factor=1.0,
-        layernorm_epsilon=1e-3,
-    ),
+    | {
+        "num_query_groups": 2,
+        "kv_channels": 12,
+        "first_k_dense_replace": 2,
+        "num_moe_experts": 9,
+        "moe_router_topk": 3,
+        "moe_router_topk_scaling_factor": 1.0,
+        "layernorm_epsilon": 1e-3,
+    },
     "experts_everywhere": SMALL
-    | dict(
-        num_layers=2,
-        num_query_groups=1,
-        first_k_dense_replace=0,
-        num_moe_experts=16,
-        moe_router_topk=4,
-        moe_shared_expert_intermediate_size=24,
-        rotary_base=1e7,
-    ),
+    | {
+        "num_layers": 2,
+        "num_query_groups": 1,
+        "first_k_dense_replace": 0,
+        "num_moe_experts": 16,
+        "moe_router_topk": 4,
+        "moe_shared_expert_intermediate_size": 24,
+        "rotary_base": 1e7,
+    },
 }
 
 

@@ -14,22 +14,27 @@ from megatron_vlm.topology.layout import resolve_layout
 
 
 def saved_bytes(function: Callable[[], Any], parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes that calling `function` keeps for its backward pass, each storage counted once."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    sizes: dict[int, int] = {}
-    # Kept alive, so that no storage takes the address of another.
-    alive: list[Any] = []
+    """Bytes that calling `function` keeps for its backward pass, each storage counted once.
+
+    Storages that the function itself has emptied by its end count nothing.
+    """
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+    # By the storage's identity: an address may be given to another once its tensor is freed.
+    storages: dict[int, torch.UntypedStorage] = {}
+    alive: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known:
+            storages[storage._cdata] = storage
         alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive.append(function())
-    return sum(sizes.values())
+        result = function()
+    size = sum(storage.nbytes() for storage in storages.values())
+    del result
+    return size
 
 
 def decoder_layers(world: World, cases: list[tuple[RunConfig, list[int]]]) -> list[list[int]]:

@@ -40,6 +40,7 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
             "recompute.language_modules=[mlp,moe]",
         ),
         "moe_act": ("recompute.language=selective", "recompute.language_modules=[moe_act]"),
+        "layernorm": ("recompute.language=selective", "recompute.language_modules=[layernorm]"),
     },
     2: {
         "tp2": (TP2,),
