@@ -41,10 +41,12 @@ def open_held_out_sets(config: RunConfig) -> dict[str, OpenDataset]:
     }
 
 
-def data_stream(config: RunConfig, training_set: OpenDataset) -> dict[str, str | int | bool]:
+def data_stream(config: RunConfig, training_set: OpenDataset) -> dict[str, str | int | bool | None]:
     """What, beside the number of consumed rows, decides which rows come next."""
-    index = training_set.source.index
+    index, vision = training_set.source.index, config.model.vision
     return {
+        "model.vision.min_pixels": vision.min_pixels if vision is not None else None,
+        "model.vision.max_pixels": vision.max_pixels if vision is not None else None,
         "samples of data.train": index.num_samples,
         "tokenizer of data.train": index.tokenizer_sha256,
         "training.seed": config.training.seed,

@@ -84,11 +84,16 @@ def _watch(kind: str, steps: tuple[int, ...]) -> Any:
     return use
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize(
-    ("world_size", "words"),
-    [(1, ()), (2, SHARDED), (2, ("parallel.pipeline_model_parallel_size=2",))],
-    ids=["one", "sharded", "pipeline"],
+    ("kind", "world_size", "words"),
+    [
+        ("loss", 1, ()),
+        ("gradient", 1, ()),
+        ("loss", 2, SHARDED),
+        ("gradient", 2, SHARDED),
+        ("gradient", 2, ("parallel.pipeline_model_parallel_size=2",)),
+    ],
+    ids=["loss", "gradient", "loss_sharded", "gradient_sharded", "gradient_pipeline"],
 )
 def test_nothing_moves_but_the_counters(
     nano_data: Path, tmp_path: Path, kind: str, world_size: int, words: tuple[str, ...]

@@ -61,14 +61,14 @@ def _stopped(number: signal.Signals, rank: int, moment: str) -> Any:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("number", "rank", "moment", "last"),
+    ("number", "rank", "moment", "last", "async_save"),
     [
-        (signal.SIGTERM, 1, "after", 4),
-        (signal.SIGUSR1, 0, "after", 4),
-        (signal.SIGTERM, 1, "inside", 3),
+        (signal.SIGTERM, 1, "after", 4, False),
+        (signal.SIGUSR1, 0, "after", 4, True),
+        (signal.SIGTERM, 1, "inside", 3, True),
+        (signal.SIGUSR1, 1, "inside", 3, False),
     ],
 )
-@pytest.mark.parametrize("async_save", [False, True])
 def test_one_signal_stops_all_ranks(
     nano_data: Path,
     tmp_path: Path,
