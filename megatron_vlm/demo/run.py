@@ -143,7 +143,13 @@ def _bar() -> Progress:
 
 def _train(words: Sequence[str], nproc: int) -> int:
     command = [sys.executable, "-m", "megatron_vlm", "launch", RECIPE, "--nproc", str(nproc)]
-    return subprocess.run([*command, *words], check=False).returncode
+    with subprocess.Popen([*command, *words]) as launcher:
+        while True:
+            try:
+                return launcher.wait()
+            except KeyboardInterrupt:
+                # The launcher has heard it too: it saves a checkpoint, then ends.
+                continue
 
 
 def _pairs(answers: Sequence[Answered], kinds: str = "") -> list[tuple[str, str]]:

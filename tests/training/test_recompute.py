@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.training.driver import with_run
 from tests.training_case import assemble, local_parts, recipe
