@@ -25,6 +25,7 @@ from megatron_vlm.data.index import open_dataset
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.demo.dataset import build
 from megatron_vlm.demo.sheet import SheetRow, digit_accuracy, exact_match, write_sheet
+from megatron_vlm.demo.tokens import train_tokenizer
 from megatron_vlm.errors import UserError
 
 RECIPE = "demo"
@@ -61,13 +62,8 @@ def run_demo(run_dir: Path, nproc: int, overrides: Sequence[str], samples: int |
         _clear(run_dir)
     data = run_dir / "data"
     _title(console, "1/4 Data: digits, photographs and text become pictures with questions")
-    count = samples or _TRAIN_SAMPLES
     if not (data / "held_out" / "dataset.json").is_file():
-        print(
-            build(data / "source", seed=0, train_samples=count, heldout_samples=_HELD_OUT_SAMPLES)
-        )
-        for name, file in (("train", "train.json"), ("held_out", "heldout.json")):
-            build_dataset(data / "source" / file, data / name, overwrite=True, show_progress=True)
+        _build_data(data, samples or _TRAIN_SAMPLES)
     words = [
         f"run_dir={run_dir}",
         f"data.train={data / 'train'}",
@@ -97,6 +93,19 @@ def run_demo(run_dir: Path, nproc: int, overrides: Sequence[str], samples: int |
     (run_dir / RESULT).write_text(json.dumps(result, indent=2) + "\n")
     _farewell(console, run_dir, result, time.perf_counter() - started)
     return 0
+
+
+def _build_data(data: Path, train_samples: int) -> None:
+    source = data / "source"
+    print(build(source, seed=0, train_samples=train_samples, heldout_samples=_HELD_OUT_SAMPLES))
+    tokenizer = data / "tokenizer.json"
+    entries = json.loads((source / "train.json").read_text())
+    texts = (turn["value"] for entry in entries for turn in entry["conversations"])
+    train_tokenizer(tokenizer, (text.replace("<image>", "").strip() for text in texts))
+    for name, file in (("train", "train.json"), ("held_out", "heldout.json")):
+        build_dataset(
+            source / file, data / name, tokenizer=tokenizer, overwrite=True, show_progress=True
+        )
 
 
 def _clear(run_dir: Path) -> None:

@@ -79,6 +79,6 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _rows(scores: torch.Tensor) -> int:
-    # On CPU a part stays in the cores' caches; on a GPU it only has to be much less than all.
-    elements = 1 << 25 if scores.is_cuda else torch.get_num_threads() << 17
+    # On CPU a part stays in the caches; on a GPU it only has to be much less than all.
+    elements = 1 << 25 if scores.is_cuda else torch.get_num_threads() << 18
     return max(1, elements // scores.size(-1))

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.topology.layout import resolve_layout
+from tests.topology.words import config
 from tests.training.driver import with_run
 from tests.training_case import assemble, local_parts, recipe
-
-pytestmark = pytest.mark.distributed
 
 STEPS = ("training.train_iters=3", "training.global_batch_size=4")
 MODULES = ("core_attn", "moe_act", "mlp", "moe", "layernorm")
@@ -25,6 +27,13 @@ CASES: dict[str, tuple[str, ...]] = {
     "vision_full": ("recompute.vision=full",),
     "both_full": ("recompute.language=full", "recompute.vision=full"),
 }
+PP = "parallel.pipeline_model_parallel_size=2"
+VPP_EP = (
+    "parallel.virtual_pipeline_model_parallel_size=2",
+    "parallel.expert_model_parallel_size=2",
+)
+OVERLAPPABLE = (SELECTIVE, "recompute.language_modules=[core_attn,moe_act,mlp,layernorm]")
+"""What the combined 1F1B schedule allows."""
 AGAIN: dict[str, set[str]] = {
     "core_attn": {"core_attn"},
     "moe_act": {"moe_act"},
@@ -98,10 +107,10 @@ def _train(run: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def reference(nano_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One process that keeps every activation."""
-    config = recipe(nano_data, tmp_path_factory.mktemp("kept"), *STEPS)
-    (found,) = with_run(config, _train)
+    run_config = recipe(nano_data, tmp_path_factory.mktemp("kept"), *STEPS)
+    (found,) = with_run(run_config, _train)
     # Counts of a step are of its real tokens: what a double count would break.
-    language = config.model.language
+    language = run_config.model.language
     tokens = [entry["consumed_tokens"] for entry in found["metrics"]]
     for total, before, layers in zip(tokens, [0, *tokens], found["routing"], strict=False):
         for counts in layers:
@@ -125,6 +134,7 @@ def _assert_same(
         assert float(error) < limit, name
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 def test_same_numbers(
     nano_data: Path, tmp_path: Path, reference: dict[str, Any], name: str
@@ -142,28 +152,40 @@ def test_same_numbers(
         assert found["calls"][part] == times * once[part], part
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("words", "world_size"),
     [
-        (("parallel.pipeline_model_parallel_size=2",), 2),
-        (
-            (
-                "parallel.pipeline_model_parallel_size=2",
-                "parallel.virtual_pipeline_model_parallel_size=2",
-                "parallel.expert_model_parallel_size=2",
-            ),
-            4,
-        ),
+        ((*CASES["both_full"], PP), 2),
+        ((*CASES["both_full"], PP, *VPP_EP), 4),
+        ((*OVERLAPPABLE, PP, *VPP_EP, "parallel.overlap_moe_expert_parallel_comm=true"), 4),
     ],
-    ids=["pp2", "pp2_vpp2_ep2"],
+    ids=["full_pp2", "full_pp2_vpp2_ep2", "selective_overlap"],
 )
-def test_full_recompute_in_a_pipeline(
+def test_recompute_in_a_pipeline(
     nano_data: Path,
     tmp_path: Path,
     reference: dict[str, Any],
     words: tuple[str, ...],
     world_size: int,
 ) -> None:
-    config = recipe(nano_data, tmp_path, *STEPS, *CASES["both_full"], *words)
+    run_config = recipe(nano_data, tmp_path, *STEPS, *words)
     # The sums of a pipeline with replicas are of another order.
-    _assert_same(with_run(config, _train, world_size), reference, limit=1e-11)
+    _assert_same(with_run(run_config, _train, world_size), reference, limit=1e-11)
+
+
+@pytest.mark.unit
+def test_what_cannot_be_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense model has no expert activations; norms on a GPU need Transformer Engine."""
+    from megatron_vlm.models.language import engine_config as module
+
+    run = config(f"experts=null recompute=selective modules=[{','.join(MODULES)}]")
+    layout = resolve_layout(run, 1)
+    built = module.engine_config(run, layout)
+    assert set(built.recompute_modules) == set(MODULES) - {"moe_act"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "transformer_engine_usable", lambda: False)
+    with pytest.raises(
+        ConfigError, match=r"recompute\.language_modules holds layernorm.*remove it"
+    ):
+        module.engine_config(run, layout)

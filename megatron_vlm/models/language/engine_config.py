@@ -26,7 +26,7 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     """Everything the engine wants to know about the decoder and its schedule.
 
     Raises:
-        ConfigError: the precision needs Transformer Engine on a GPU and there is none.
+        ConfigError: the precision or the recompute needs Transformer Engine and there is none.
     """
     language, precision = config.model.language, config.training.precision
     dtype = parameter_dtype(precision)
@@ -78,7 +78,7 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     elif config.recompute.language == "selective":
         options |= {
             "recompute_granularity": "selective",
-            "recompute_modules": list(config.recompute.language_modules),
+            "recompute_modules": _recompute_modules(config),
         }
     with warnings.catch_warnings():
         # About options of CUDA graphs that are not used here.
@@ -88,6 +88,20 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     # of equality need float64.
     built.overlap_moe_expert_parallel_comm = config.parallel.overlap_moe_expert_parallel_comm
     return built
+
+
+def _recompute_modules(config: RunConfig) -> list[str]:
+    modules: list[str] = list(config.recompute.language_modules)
+    if "layernorm" in modules and torch.cuda.is_available() and not transformer_engine_usable():
+        # The engine asks Transformer Engine about fp8 there, whatever the precision.
+        raise ConfigError(
+            "recompute.language_modules holds layernorm, which on a GPU needs Transformer Engine; "
+            "remove it or install megatron-vlm[gpu]"
+        )
+    if config.model.language.num_moe_experts is None and "moe_act" in modules:
+        # Nothing to recompute in a dense model, but the engine would refuse the word.
+        modules.remove("moe_act")
+    return modules
 
 
 def _parallel_options(config: RunConfig, layout: Layout) -> dict[str, Any]:
