@@ -102,9 +102,10 @@ def _build_data(data: Path, train_samples: int) -> None:
     entries = json.loads((source / "train.json").read_text())
     texts = (turn["value"] for entry in entries for turn in entry["conversations"])
     train_tokenizer(tokenizer, (text.replace("<image>", "").strip() for text in texts))
+    learned = Tokenizer.load(tokenizer)
     for name, file in (("train", "train.json"), ("held_out", "heldout.json")):
         build_dataset(
-            source / file, data / name, tokenizer=tokenizer, overwrite=True, show_progress=True
+            source / file, data / name, tokenizer=learned, overwrite=True, show_progress=True
         )
 
 
