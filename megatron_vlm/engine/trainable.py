@@ -116,7 +116,11 @@ def make_trainable(model: VisionLanguageModel, config: RunConfig) -> Trainable:
             "least one part unfrozen"
         )
     _connect_schedule(model, chunks, config)
-    return Trainable(model, chunks, encoder, ChainedOptimizer(parts))
+    optimizer = ChainedOptimizer(parts)
+    for group in optimizer.param_groups:
+        # The engine marks norms and biases, but leaves it to its own scheduler to act on that.
+        group["weight_decay"] = config.optimizer.weight_decay * group.get("wd_mult", 1.0)
+    return Trainable(model, chunks, encoder, optimizer)
 
 
 def _parts(optimizer: ChainedOptimizer) -> list:

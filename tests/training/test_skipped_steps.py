@@ -45,7 +45,8 @@ def _poison(run: Any, kind: str, steps: tuple[int, ...]) -> None:
         last = run.topology.rank == run.topology.layout.world_size - 1
         if run.progress.iteration + 1 in steps and last:
             if kind == "loss":
-                return {name: value * math.inf for name, value in found.items()}
+                # Its gradient stays finite: the loss alone must give it away.
+                return {name: value + math.inf for name, value in found.items()}
             return {name: _NanGradient.apply(value) for name, value in found.items()}
         return found
 
