@@ -89,7 +89,7 @@ def test_killed_and_resumed_is_bit_identical(
     [
         ("mbs2", "pp2_vpp2_ep2", True),  # one optimizer becomes two, experts spread: EP 1 to 2
         ("pp2_vpp2_ep2", "tp2_sp", True),
-        ("tp2_sp", "cp2", False),
+        ("tp2_sp", "cp2", None),  # in float64, where nothing but rounding at 1e-14 may differ
         ("ep2", "dp4", True),
         pytest.param("ep2", "ep4", True, marks=pytest.mark.slow),
         pytest.param("dp2", "tp2_pp2_ep2", True, marks=pytest.mark.slow),
@@ -98,16 +98,16 @@ def test_killed_and_resumed_is_bit_identical(
     ],
 )
 def test_resumed_in_another_layout(
-    first: str, second: str, sharded: bool, nano_data: Path, tmp_path: Path
+    first: str, second: str, sharded: bool | None, nano_data: Path, tmp_path: Path
 ) -> None:
     """Optimizer state, data position and schedule go on in any other layout."""
     one, two = LAYOUTS[first], LAYOUTS[second]
-    words = (FP32, *COSINE)
+    words = ("training.precision=fp64" if sharded is None else FP32, *COSINE)
     whole = train_case(recipe(nano_data, tmp_path / "whole", *words), 1)
     run_dir = tmp_path / "moved"
     # The plain optimizer's state feeds the distributed one and the other way round.
     before = DISTRIBUTED if sharded else ()
-    after = () if sharded else DISTRIBUTED
+    after = DISTRIBUTED if sharded is False else ()
     start = recipe(nano_data, run_dir, *words, *one.overrides, *before, "training.train_iters=5")
     # The schedule belongs to the whole run, not to where it is cut.
     start = start.model_copy(
@@ -116,6 +116,12 @@ def test_resumed_in_another_layout(
     train_case(start, one.world_size)
     rest = train_case(recipe(nano_data, run_dir, *words, *two.overrides, *after), two.world_size)
     found = differences(rest, _from(whole, 5))
+    if sharded is None:
+        assert max(found.values()) < 1e-11, found
+        return
+    # Adam divides by the root of the second moment: elements whose gradient is rounding alone move
+    # by a whole step in either direction, so single small tensors differ more than the losses.
+    assert found.pop("parameters") < 1e-4, found
     assert max(found.values()) < 1e-5, found
 
 
@@ -124,7 +130,13 @@ def test_weights_alone_start_a_new_run(nano_data: Path, tmp_path: Path) -> None:
     """`checkpoint.load` with `load_optimizer=false` takes weights and nothing else."""
     first = tmp_path / "first"
     trained = train_case(recipe(nano_data, first, FP32, "training.train_iters=3"))
-    words = (FP32, f"checkpoint.load={first}", "training.train_iters=1", "optimizer.lr=1e-30")
+    words = (
+        FP32,
+        f"checkpoint.load={first}",
+        "training.train_iters=1",
+        "optimizer.lr=1e-30",
+        "optimizer.lr_warmup_iters=0",
+    )
     weights = train_case(recipe(nano_data, tmp_path / "w", *words, "checkpoint.load_optimizer=no"))
     assert weights.metrics[0]["iteration"] == 1
     assert weights.metrics[0]["consumed_samples"] == 8

@@ -42,7 +42,7 @@ def test_registered_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     built = objective.build_objective("mine", topology)
     assert type(built) is Mine and built.topology is topology
     assert type(objective.build_objective("next_token", topology)) is objective.NextToken
-    with pytest.raises(ConfigError, match="next_token, mine"):
+    with pytest.raises(ConfigError, match="next_token.*mine"):
         objective.build_objective("other", topology)
 
 
