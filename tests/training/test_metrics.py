@@ -208,7 +208,6 @@ def test_logs_of_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert "said by rank 0" in written and "rank 1" not in written
         said = capsys.readouterr().out
         assert "said by rank 0" in said and "rank 1" not in said
-        assert logging.getLogger("megatron").level == logging.ERROR
     finally:
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
