@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_vlm
 from megatron_vlm.checkpoint import folder
@@ -23,7 +24,7 @@ from megatron_vlm.checkpoint.optimizer_state import (
     optimizer_tensors,
 )
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
-from megatron_vlm.checkpoint.writer import CheckpointWriter
+from megatron_vlm.checkpoint.writer import CheckpointWriter, first_cause
 from megatron_vlm.config import RunConfig, dump_yaml
 from megatron_vlm.engine.trainable import Trainable
 from megatron_vlm.errors import CheckpointError
@@ -45,6 +46,8 @@ class Progress:
     """Steps that were not skipped."""
     skipped_iterations: int = 0
     nan_iterations: int = 0
+    failures_in_a_row: int = 0
+    """Steps skipped since the last one that was taken."""
 
 
 class Checkpointer:
@@ -101,20 +104,49 @@ class Checkpointer:
         self._writer.close()
 
 
-def check_same_stream(path: Path, stream: dict[str, Any]) -> None:
-    """Refuse to resume a run whose rows would not be the ones it has counted.
+def find_start(config: RunConfig, stream: dict[str, Any]) -> tuple[Path | None, bool]:
+    """Where a run starts from: (checkpoint or nothing, with its optimizer and counters?).
+
+    Rank 0 looks, so that ranks never differ about what a shared file system shows them; it also
+    clears away what a crash left. Collective.
 
     Raises:
-        CheckpointError: the data set, its packing, or the seed has changed.
+        CheckpointError: on every rank, when the rows would not be those that the saved run
+            counted, or `checkpoint.load` names a run that has nothing left to do.
     """
-    found = folder.find_checkpoint(path)
-    saved = folder.read_state(found)["data"]
+    found: list[Any] = [None, True]
+
+    def look() -> None:
+        root, settings = Path(config.run_dir) / "checkpoints", config.checkpoint
+        folder.tidy(root)
+        if folder.list_iterations(root):
+            found[0] = folder.find_checkpoint(root)
+        elif settings.load is not None:
+            found[:] = folder.find_checkpoint(Path(settings.load)), settings.load_optimizer
+        if found[0] is not None and found[1]:
+            state = folder.read_state(found[0])
+            _check_stream(found[0], state["data"], stream)
+            done, total = state["progress"]["iteration"], config.training.train_iters
+            if found[0].parent != root and done >= total:
+                raise CheckpointError(
+                    f"checkpoint.load={settings.load} stands at iteration {done}, and "
+                    f"training.train_iters is {total}: nothing is left to do; raise it, or take "
+                    "the weights alone with checkpoint.load_optimizer=false"
+                )
+
+    _agree(look if dist.get_rank() == 0 else lambda: None)
+    dist.broadcast_object_list(found, src=0)
+    return found[0], found[1]
+
+
+def _check_stream(path: Path, saved: dict[str, Any], stream: dict[str, Any]) -> None:
     for name, value in stream.items():
         if saved.get(name) != value:
             raise CheckpointError(
-                f"{found} was trained with {name} {saved.get(name)}, this run has {value}: the "
+                f"{path} was trained with {name} {saved.get(name)}, this run has {value}: the "
                 "position in the data would mean other rows; restore it, or start a new run_dir "
-                f"from these weights with checkpoint.load={found}"
+                f"from these weights alone with checkpoint.load={path} "
+                "checkpoint.load_optimizer=false"
             )
 
 
@@ -130,14 +162,12 @@ def load_run(path: Path, trainable: Trainable, config: RunConfig, optimizer: boo
     Returns:
         Where the saved run stood; the start if `optimizer` is false.
     """
-    found = _checked(path, config)
-    state = folder.read_state(found)
+    found, state = _checked(path, config, optimizer)
     model_state = trainable.model.sharded_state_dict()
     # The engine takes the tensors out of what it is given to load.
     parameters = {name: entry.data for name, entry in model_state.items()}
     wanted: dict[str, Any] = dict(model_state)
     if optimizer:
-        _check_optimizer(found, state, config)
         wanted |= optimizer_tensors(trainable, model_state, empty=True)
     loaded = _load_tensors(found, wanted)
     _fill(parameters, loaded)
@@ -151,24 +181,31 @@ def load_run(path: Path, trainable: Trainable, config: RunConfig, optimizer: boo
 
 def load_model(path: Path, model: VisionLanguageModel, config: RunConfig) -> Progress:
     """Load weights alone; returns where the saved run stood. Collective."""
-    found = _checked(path, config)
+    found, state = _checked(path, config, optimizer=False)
     model_state = model.sharded_state_dict()
     parameters = {name: entry.data for name, entry in model_state.items()}
     _fill(parameters, _load_tensors(found, model_state))
-    return Progress(**folder.read_state(found)["progress"])
+    return Progress(**state["progress"])
 
 
-def _checked(path: Path, config: RunConfig) -> Path:
-    found = folder.find_checkpoint(path)
-    _check_model(found, folder.read_state(found), config)
+def _checked(path: Path, config: RunConfig, optimizer: bool) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint at `path` and its state, fit to be loaded into this run."""
+    found: list[Any] = []
 
     def verify() -> None:
+        checkpoint = folder.find_checkpoint(path)
         rank, size = dist.get_rank(), dist.get_world_size()
-        verify_files(found, rank, size, config.checkpoint.verify_on_load)
-        verify_index(found)
+        verify_files(checkpoint, rank, size, config.checkpoint.verify_on_load)
+        if rank == 0:
+            verify_index(checkpoint)
+        state = folder.read_state(checkpoint)
+        _check_model(checkpoint, state, config)
+        if optimizer:
+            _check_optimizer(checkpoint, state, config)
+        found[:] = checkpoint, state
 
     _agree(verify)
-    return found
+    return found[0], found[1]
 
 
 def _agree(check: Callable[[], None]) -> None:
@@ -176,7 +213,7 @@ def _agree(check: Callable[[], None]) -> None:
     failure: str | None = None
     try:
         check()
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         failure = str(error)
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
@@ -244,10 +281,11 @@ def _load_tensors(path: Path, wanted: dict[str, Any]) -> dict[str, torch.Tensor]
     tensors, _ = extract_matching_values(sharded, lambda value: isinstance(value, ShardedTensor))
     try:
         loaded = TorchDistLoadShardedStrategy().load(tensors, path)
-    except Exception as error:
+    # torch's own is no Exception; it is raised on every rank.
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"{path}: cannot be loaded ({type(error).__name__}: {error}); the checkpoint is "
-            "damaged or of another model"
+            f"{path}: cannot be loaded ({first_cause(error)}); the checkpoint is damaged or of "
+            "another model"
         ) from error
     return apply_factory_merges(loaded, factories)
 

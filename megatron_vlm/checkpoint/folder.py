@@ -3,6 +3,7 @@
     checkpoints/
         iter_0000100/                       whole: it was renamed into place after all was written
         .incomplete-iter_0000200/           being written, or left by a crash; never read
+        .replaced-iter_0000100/             making room for the same iteration written again
         latest_checkpointed_iteration.txt
 
 A checkpoint holds the engine's sharded files (`__0_0.distcp`, `.metadata`, `common.pt`,
@@ -84,38 +85,72 @@ def _latest(root: Path, iterations: list[int]) -> int:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` so that a crash leaves the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def commit(root: Path, iteration: int) -> Path:
-    """Rename a fully written checkpoint into place and point the latest file at it."""
-    final = root / checkpoint_name(iteration)
+    """Rename a fully written checkpoint into place and point the latest file at it.
+
+    The same iteration written again (a run that was set back) replaces the older one; a crash in
+    between leaves one of the two, which `tidy` puts in place.
+    """
+    final, replaced = root / checkpoint_name(iteration), _replaced_path(root, iteration)
     if final.exists():
-        # The same iteration written again (a run that was set back): the newer one counts.
-        shutil.rmtree(final)
+        os.rename(final, replaced)
     os.rename(incomplete_path(root, iteration), final)
     _sync_folder(root)
     write_atomically(root / LATEST, f"{iteration}\n")
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
-def remove_old(root: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Remove all but the newest `keep_last` and multiples of `keep_every`; returns the removed."""
+def remove_old(
+    root: Path, iteration: int, keep_last: int | None, keep_every: int | None
+) -> list[int]:
+    """Remove checkpoints before `iteration`, which was just committed.
+
+    Kept are the newest `keep_last` up to `iteration`, multiples of `keep_every`, and what lies
+    after `iteration`: a run that was set back has not reached it again.
+
+    Returns:
+        The iterations removed.
+    """
     if keep_last is None:
         return []
-    old = list_iterations(root)[:-keep_last]
-    removed = [i for i in old if not (keep_every and i % keep_every == 0)]
-    for iteration in removed:
-        doomed = root / checkpoint_name(iteration)
+    old = [found for found in list_iterations(root) if found <= iteration][:-keep_last]
+    removed = [found for found in old if not (keep_every and found % keep_every == 0)]
+    for found in removed:
         # Under its final name a half-removed folder would look whole.
-        hidden = incomplete_path(root, iteration)
-        os.rename(doomed, hidden)
+        hidden = incomplete_path(root, found)
+        os.rename(root / checkpoint_name(found), hidden)
         shutil.rmtree(hidden)
     return removed
+
+
+def tidy(root: Path) -> None:
+    """Clear away what a crash left; only before a run starts to write."""
+    if not root.is_dir():
+        return
+    for path in root.iterdir():
+        prefix, _, name = path.name.partition("-")
+        if _NAME.match(name) is None:
+            continue
+        if prefix == ".replaced" and not (root / name).exists():
+            os.rename(path, root / name)
+        elif prefix in (".replaced", ".incomplete"):
+            shutil.rmtree(path)
+
+
+def _replaced_path(root: Path, iteration: int) -> Path:
+    return root / f".replaced-{checkpoint_name(iteration)}"
 
 
 def digest(path: Path) -> str:

@@ -3,8 +3,10 @@
 The engine's own formats depend on how many optimizers are chained (one without experts spread
 over ranks, two with), and its re-shardable one saves wrong state when a padded parameter shifts
 offsets across several buckets. Here each parameter's state is put together from the ranges that
-data-parallel ranks own, parameter by parameter, and saved under the parameter's name with the
+data-parallel ranks own, a portion at a time, and saved under the parameter's name with the
 parameter's sharding. So any layout, and the plain or the distributed optimizer, can read it.
+The price: while saving or loading, each rank holds the whole state of its parameters in host
+memory (8 bytes a parameter, 12 where weights are computed in half precision).
 
 Names: `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`, and `optimizer.fp32_param.NAME`
 where weights are computed in half precision.
@@ -13,6 +15,7 @@ where weights are computed in half precision.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron_vlm.engine.trainable import Trainable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PORTION = 1 << 26
+"""Elements gathered at a time on the device: 256 MiB in float32."""
 
 
 def optimizer_tensors(trainable: Trainable, model_state: dict[str, Any], empty: bool) -> dict:
@@ -96,30 +101,52 @@ def _whole_states(optimizer: Any, empty: bool) -> Iterator[tuple[torch.Tensor, s
         return
     owned = {id(p): (span, tensors) for p, span, tensors in _owned_states(optimizer, True)}
     for buffer in optimizer.buffers:
-        parameters = list(buffer.param_index_map)
-        for kind in kinds:
-            whole = [_zeros(parameter, half) for parameter in parameters]
-            if not empty:
-                flat = torch.cat([tensor.flatten() for tensor in whole])
-                position = 0
-                for parameter in parameters:
-                    if id(parameter) in owned:
-                        span, tensors = owned[id(parameter)]
-                        if kind in tensors:
-                            part = flat[position : position + parameter.numel()]
-                            part[span] = tensors[kind].detach().flatten()
-                    position += parameter.numel()
-                # Each element is owned by one rank and zero elsewhere.
-                dist.all_reduce(flat, group=optimizer.data_parallel_group)
-                pieces = flat.split([parameter.numel() for parameter in parameters])
-                whole = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
-            for parameter, tensor in zip(parameters, whole, strict=True):
-                yield parameter, kind, tensor
+        for parameters in _portions(list(buffer.param_index_map)):
+            for kind in kinds:
+                if empty:
+                    wholes = [_zeros(parameter, half, "cpu") for parameter in parameters]
+                else:
+                    wholes = _gather(parameters, kind, owned, half, optimizer.data_parallel_group)
+                yield from zip(parameters, repeat(kind), wholes)
 
 
-def _zeros(parameter: torch.Tensor, half: bool) -> torch.Tensor:
+def _gather(
+    parameters: list[torch.Tensor],
+    kind: str,
+    owned: dict[int, tuple[slice, dict[str, torch.Tensor]]],
+    half: bool,
+    group: Any,
+) -> list[torch.Tensor]:
+    """One kind of whole state of some parameters, in host memory; collective over `group`."""
+    flat = torch.cat([_zeros(parameter, half).flatten() for parameter in parameters])
+    pieces = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        span, tensors = owned.get(id(parameter), (slice(0), {}))
+        if kind in tensors:
+            piece[span] = tensors[kind].detach().flatten()
+    # Each element is owned by one rank and zero elsewhere.
+    dist.all_reduce(flat, group=group)
+    pieces = flat.cpu().split([parameter.numel() for parameter in parameters])
+    return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+
+
+def _portions(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Parts of a list that hold about `_PORTION` elements each."""
+    part: list[torch.Tensor] = []
+    for parameter in parameters:
+        part.append(parameter)
+        if sum(entry.numel() for entry in part) >= _PORTION:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _zeros(
+    parameter: torch.Tensor, half: bool, device: torch.device | str | None = None
+) -> torch.Tensor:
     dtype = torch.float32 if half else parameter.dtype
-    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+    return torch.zeros(parameter.shape, dtype=dtype, device=device or parameter.device)
 
 
 def _owned_states(

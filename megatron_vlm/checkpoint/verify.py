@@ -6,23 +6,31 @@ import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from megatron_vlm.checkpoint.folder import digest, read_manifest
 from megatron_vlm.errors import CheckpointError
 
-# torch.distributed.checkpoint keeps its index (names, shapes, offsets) as a pickle. It is opened
-# only if it refers to these and nothing else; none of them runs code of the pickle's choosing.
-_MODULES = {
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
+# torch.distributed.checkpoint keeps its index (names, shapes, offsets) as a pickle. It may refer to
+# these records, enumerations and types and nothing else: none of them runs code of the pickle's
+# choosing, and none leads to something that does.
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        "ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
+        "TensorStorageMetadata _MEM_FORMAT_ENCODING"
+    ),
+    "torch.distributed.checkpoint.planner": "SavePlan TensorWriteData WriteItem WriteItemType",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+}
+_VALUES = {
+    "torch": "Size float64 float32 float16 bfloat16 int64 int32 uint8 bool",
+    "torch.serialization": "_get_layout",
 }
 _ALLOWED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    *(
-        ("torch", name)
-        for name in "float64 float32 float16 bfloat16 int64 int32 uint8 bool".split()
-    ),
+    (module, name)
+    for names in (_RECORDS, _VALUES)
+    for module, listed in names.items()
+    for name in listed.split()
 }
 
 
@@ -56,25 +64,43 @@ def verify_files(path: Path, share: int = 0, shares: int = 1, contents: bool = T
 
 
 def verify_index(path: Path) -> None:
-    """Refuse a `.metadata` whose pickle refers to anything but checkpoint classes.
+    """Refuse a `.metadata` that refers to anything but records of tensors in the manifest's files.
 
     Raises:
-        CheckpointError: it would import something else, or cannot be read.
+        CheckpointError: it would import something else, lists more than tensors (torch would
+            unpickle those), or cannot be read.
     """
     file = path / ".metadata"
     try:
         with open(file, "rb") as stream:
-            _CheckedUnpickler(stream, file).load()
+            index = _CheckedUnpickler(stream, file).load()
+        entries = index.state_dict_metadata
+        odd = [name for name, entry in entries.items() if type(entry) is not TensorStorageMetadata]
+        places = {place.relative_path for place in index.storage_data.values()}
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle fails in any way it likes
         raise CheckpointError(
             f"{file}: cannot be read ({error}); the checkpoint is damaged, use another"
         ) from None
+    if odd:
+        raise CheckpointError(
+            f"{file}: its entry {odd[0]!r} is no tensor, and a checkpoint holds nothing else; it "
+            "was not opened"
+        )
+    foreign = places - read_manifest(path).keys()
+    if foreign:
+        raise CheckpointError(
+            f"{file}: it refers to {sorted(map(str, foreign))[0]!r}, a file that is not in the "
+            "manifest; it was not opened"
+        )
 
 
-class _CheckedUnpickler(pickle.Unpickler):
-    """Resolves only names that torch.distributed.checkpoint's index is made of."""
+class _CheckedUnpickler(pickle._Unpickler):
+    """Builds the records of torch.distributed.checkpoint's index, and nothing else.
+
+    The Python implementation, because C's sets attributes of whatever object a pickle names.
+    """
 
     def __init__(self, stream: BinaryIO, file: Path) -> None:
         super().__init__(stream)
@@ -82,9 +108,21 @@ class _CheckedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The named class, if a checkpoint may refer to it."""
-        if (module, name) in _ALLOWED or (module in _MODULES and "." not in name):
+        if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         raise CheckpointError(
             f"{self._file}: its pickle refers to {module}.{name}, which a checkpoint never needs; "
             "it was not opened"
         )
+
+    def _build(self) -> None:
+        target, state = type(self.stack[-2]), self.stack[-1]  # type: ignore[attr-defined]
+        is_record = target.__qualname__ in _RECORDS.get(target.__module__, "").split()
+        if not is_record or not (isinstance(state, dict) or hasattr(target, "__setstate__")):
+            raise CheckpointError(
+                f"{self._file}: its pickle changes a {target.__qualname__}, which a checkpoint "
+                "never needs; it was not opened"
+            )
+        super().load_build()  # type: ignore[misc]
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}  # type: ignore[attr-defined]

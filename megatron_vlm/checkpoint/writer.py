@@ -7,8 +7,11 @@ in a collective. Here each phase ends with an agreement: all go on, or all raise
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,10 @@ class CheckpointWriter:
         self._validated = True
         strategy = _Strategy("torch_dist", 1)
         request = strategy.async_save(sharded, path)
+        if request.async_fn is not None:
+            # With the files, so that an asynchronous save keeps nobody waiting for digests.
+            write = partial(_write_and_digest, request.async_fn, path, dist.get_rank())
+            request = request._replace(async_fn=write)
         finish = _Finish(self, iteration, path, strategy, request)
         if self._queue is not None:
             self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
@@ -89,7 +96,7 @@ class CheckpointWriter:
             action()
         # Whatever it was, the others must hear of it; torch's own is no Exception.
         except (Exception, CheckpointException) as error:
-            failure = _reason(error)
+            failure = first_cause(error)
         failures: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
         found = {rank: text for rank, text in enumerate(failures) if text is not None}
@@ -166,17 +173,17 @@ class _Finish:
         )
         root = self._writer._root
         folder.commit(root, self._iteration)
-        folder.remove_old(root, *self._writer._keep)
+        folder.remove_old(root, self._iteration, *self._writer._keep)
 
 
-def _reason(error: BaseException) -> str:
+def first_cause(error: BaseException) -> str:
     """The first cause in one line; the engine wraps it with a traceback for every rank."""
     wrapped = getattr(error, "failures", None)
     if wrapped:
-        return _reason(next(iter(wrapped.values()))[0])
+        return first_cause(next(iter(wrapped.values()))[0])
     cause = error.__cause__
     if cause is not None:
-        return _reason(cause)
+        return first_cause(cause)
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -209,9 +216,32 @@ def _write_now(request: AsyncRequest) -> None:
         raise outcome
 
 
+def _write_and_digest(write: Callable[..., None], path: Path, rank: int, *arguments: Any) -> None:
+    """Write this rank's data files and, beside them, a note of their digests."""
+    write(*arguments)
+    files = {file.name: _entry(file) for file in sorted(path.glob(f"__{rank}_*.distcp"))}
+    _note(path, rank).write_text(json.dumps(files))
+
+
 def _describe(path: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Size and digest of the files this rank wrote."""
-    mine = sorted(path.glob(f"__{rank}_*.distcp"))
+    note = _note(path, rank)
+    files: dict[str, dict[str, Any]] = {}
+    if note.is_file():
+        files = json.loads(note.read_text())
+        note.unlink()
     if rank == 0:
-        mine += [file for file in sorted(path.iterdir()) if file.suffix != ".distcp"]
-    return {f.name: {"bytes": f.stat().st_size, "sha256": folder.digest(f)} for f in mine}
+        own = (path / name for name in os.listdir(path) if not _DATA_OR_NOTE.fullmatch(name))
+        files |= {file.name: _entry(file) for file in own}
+    return files
+
+
+_DATA_OR_NOTE = re.compile(r"__\d+_\d+\.distcp|\.digests_\d+\.json")
+
+
+def _note(path: Path, rank: int) -> Path:
+    return path / f".digests_{rank}.json"
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": folder.digest(file)}

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from megatron_vlm.checkpoint.checkpointer import (
     Checkpointer,
     Progress,
-    check_same_stream,
+    find_start,
     load_model,
     load_run,
 )
-from megatron_vlm.checkpoint.folder import list_iterations, write_atomically
+from megatron_vlm.checkpoint.folder import write_atomically
 from megatron_vlm.config import RunConfig, dump_yaml
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
 from megatron_vlm.engine.objective import Objective, build_objective
@@ -104,7 +104,6 @@ class Run:
             reference=self._reference(self.objective),
         )
         self._peak = peak_tflops(topology.device, parameter_dtype(config.training.precision))
-        self._failures_in_a_row = 0
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> Progress:
         """Step to `train_iters` or until asked to stop, then save.
@@ -126,7 +125,9 @@ class Run:
                 while progress.iteration < total and not asked:
                     metrics = self._one_step(loader)
                     asked = self._anyone(request.received is not None)
-                    if self._due(config.training.eval_interval) or progress.iteration == total:
+                    ends = progress.iteration == total
+                    # Who sends a signal may kill soon after: what counts then is the save.
+                    if (ends or self._due(config.training.eval_interval)) and not asked:
                         metrics |= self._validate()
                     if writer is not None:
                         writer.write(metrics)
@@ -186,14 +187,14 @@ class Run:
         progress.consumed_tokens += loaded.plan.tokens
         progress.optimizer_steps = self.trainable.steps
         if math.isfinite(norm):
-            self._failures_in_a_row = 0
+            progress.failures_in_a_row = 0
             return
         progress.skipped_iterations += 1
         progress.nan_iterations += 1
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row > limit:
+        progress.failures_in_a_row += 1
+        if progress.failures_in_a_row > limit:
             raise UserError(
-                f"{self._failures_in_a_row} steps in a row had a loss or gradient that is not "
+                f"{progress.failures_in_a_row} steps in a row had a loss or gradient that is not "
                 f"finite (training.skip_non_finite_limit {limit}); lower optimizer.lr or look at "
                 f"the data from row {progress.consumed_samples}"
             )
@@ -268,15 +269,10 @@ class Run:
         )
 
     def _restore(self) -> Progress:
-        settings = self.config.checkpoint
-        if list_iterations(self.checkpointer.root):
-            check_same_stream(self.checkpointer.root, self._stream)
-            progress = load_run(self.checkpointer.root, self.trainable, self.config, True)
-        elif settings.load is not None:
-            source = Path(settings.load)
-            progress = load_run(source, self.trainable, self.config, settings.load_optimizer)
-        else:
-            progress = Progress()
+        source, with_optimizer = find_start(self.config, self._stream)
+        if source is None:
+            return Progress()
+        progress = load_run(source, self.trainable, self.config, with_optimizer)
         self.trainable.steps = progress.optimizer_steps
         return progress
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -118,18 +117,79 @@ def test_incomplete_folder_is_never_read(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
-class _Attack:
-    def __reduce__(self) -> tuple:
-        return os.system, ("touch owned",)
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ATTACKS = {
+    "a function": _global("os", "system") + b"(Vtouch owned\ntR.",
+    # Undotted names of torch's own module lead to everything that it imports.
+    "a helper of the same module": (
+        _global("torch.distributed.checkpoint.filesystem", "_get_device_module") + b"(V_utils\ntR."
+    ),
+    "an attribute of a class": _global(_METADATA, "Metadata") + b"(N(Vstorage_data\nNdtb.",
+    "an attribute of a function": _global("torch.serialization", "_get_layout")
+    + b"(Vname\nVvalue\ndb.",
+    # torch would unpickle what is no tensor without any check.
+    "bytes": _global(_METADATA, "BytesStorageMetadata") + b")\x81.",
+    "an entry that is no tensor": (
+        _global(_METADATA, "Metadata")
+        + b")\x81(Vstate_dict_metadata\n(Va\nVb\ndVstorage_data\n(ddb."
+    ),
+}
 
 
 @pytest.mark.unit
-def test_index_with_foreign_code_is_not_opened(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("attack", _ATTACKS)
+def test_index_with_foreign_code_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Attack()))
-    with pytest.raises(CheckpointError, match=r"posix\.system|os\.system"):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + _ATTACKS[attack])
+    with pytest.raises(CheckpointError, match="it was not opened"):
         verify_index(tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.distributed
+def test_index_that_leaves_its_folder_is_not_opened(damaged: Path) -> None:
+    path = _newest(damaged)
+    name = next(iter(path.glob("*.distcp"))).name.encode()
+    content = (path / ".metadata").read_bytes()
+    assert name in content
+    (path / ".metadata").write_bytes(content.replace(name, b"../../" + name[6:]))
+    with pytest.raises(CheckpointError, match="not in the manifest"):
+        verify_index(path)
+
+
+@pytest.mark.distributed
+def test_damage_that_was_not_looked_for_is_still_one_line(damaged: Path, nano_data: Path) -> None:
+    """Without digests torch meets it, with an exception of its own kind."""
+    for file in _newest(damaged).glob("*.distcp"):
+        file.write_bytes(b"\x00" * file.stat().st_size)
+    words = (FP32, "checkpoint.verify_on_load=false", "training.train_iters=3")
+    with pytest.raises(RankFailed, match="CheckpointError: .*iter_0000002: cannot be loaded"):
+        train_case(recipe(nano_data, damaged, *words), 2, timeout=60)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("data.packing_window=16",), "checkpoint.load_optimizer=false"),
+        (("training.train_iters=2",), "stands at iteration 2, .* nothing is left to do"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused(
+    trained: Path, nano_data: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    """The position of another run is taken only where it means the same rows."""
+    config = recipe(
+        nano_data, tmp_path, FP32, f"checkpoint.load={trained}", "training.train_iters=3", *words
+    )
+    with pytest.raises(RankFailed, match=message):
+        train_case(config, 1, timeout=60)
 
 
 @pytest.fixture
