@@ -7,6 +7,7 @@ import pytest
 from tests.nano_data import build_nano_data, build_text_data
 from tests.skips import (  # noqa: F401 - pytest finds hooks by their names in this file
     pytest_collection_modifyitems,
+    pytest_configure,
     pytest_make_collect_report,
     pytest_runtest_makereport,
     pytest_runtest_setup,

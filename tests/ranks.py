@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlm.platform import World, install
+from megatron_vlm.platform import World, free_port, install
 
 # Before any fork: a child of a process with running OpenMP threads may hang in its first one.
 torch.set_num_threads(1)
@@ -31,13 +30,6 @@ TIMEOUT_S = 300.0
 
 class RankFailed(AssertionError):
     """A rank raised; the text is its traceback."""
-
-
-def free_port() -> int:
-    """A port on loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_ranks(

@@ -25,6 +25,12 @@ ALLOWED_REASONS = (
 install. Any other skip there is a failure, since a test that never runs proves nothing."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from all runs but `-m gpu`: ranks of the other tests talk through gloo."""
+    if not (config.option.markexpr or "").startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse a test that belongs to no set: no selection by marker would ever name it."""
     lost = [item.nodeid for item in items if not any(map(item.get_closest_marker, SETS))]
@@ -41,7 +47,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
+            pytest.skip("needs a GPU, and to be asked for: pytest -m gpu")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ class Outcome:
     metrics: list[dict[str, Any]]
     routing: list[dict[int, list[float]]] = field(default_factory=list)
     """Per step: tokens that each expert of each layer received."""
+    margins: list[dict[int, float]] = field(default_factory=list)
+    """Per step: how near each layer came to choosing otherwise: the smallest gap between the last
+    expert chosen and the first not chosen."""
     extra: list[Any] = field(default_factory=list)
 
 
@@ -61,6 +65,10 @@ def train_case(config: RunConfig, world_size: int = 1, **options: Any) -> Outcom
             {layer: counts for part in step for layer, counts in part.items()}
             for step in zip(*(result["routing"] for result in results), strict=True)
         ],
+        margins=[
+            {layer: min(part.get(layer, math.inf) for part in step) for layer in set().union(*step)}
+            for step in zip(*(result["margins"] for result in results), strict=True)
+        ],
         extra=[result["extra"] for result in results],
     )
 
@@ -76,12 +84,27 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     topology = build_topology(layout, start_distributed(world))
     seen: list[dict[str, Any]] = []
     routing: list[dict[int, list[float]]] = []
+    margins: list[dict[int, float]] = []
     run = Run(config, topology, training_set, held_out)
 
     def observe(metrics: dict[str, Any]) -> None:
         seen.append(dict(metrics))
         found = routers(run.step.model.chunks)
         routing.append({r.layer_number: r.tokens_per_expert.tolist() for r in found})
+        margins.append(dict(nearest))
+        nearest.clear()
+
+    nearest: dict[int, float] = {}
+
+    def watch(router: Any, inputs: tuple, _: Any) -> None:
+        with torch.no_grad():
+            scores = torch.sigmoid(router.gating(inputs[0])) + router.expert_bias
+            top = scores.topk(router.top_k + 1, dim=-1).values
+            gap = float((top[..., -2] - top[..., -1]).min())
+        nearest[router.layer_number] = min(gap, nearest.get(router.layer_number, math.inf))
+
+    for router in routers(run.step.model.chunks):
+        router.register_forward_hook(watch)
 
     run.run(on_step=observe)
     run.trainable.gather_parameters()
@@ -93,7 +116,7 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     dist.barrier()
     destroy_topology()
     stop()
-    return {"metrics": seen, "parts": parts, "routing": routing, "extra": extra}
+    return {"metrics": seen, "parts": parts, "routing": routing, "margins": margins, "extra": extra}
 
 
 def local_parts(sharded: dict[str, Any]) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

@@ -10,10 +10,9 @@ is a plain sum over ranks, whatever the layout; nothing is rescaled afterwards.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.engine.exchange import FeatureExchange, plan_exchange
@@ -45,7 +44,6 @@ class StepResult:
     losses: dict[str, float]
     load_balancing_loss: float | None = None
     expert_imbalance: float | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class TrainStep:
@@ -73,34 +71,33 @@ class TrainStep:
             chunk.output = objective.output
         model.engine.finalize_model_grads_func = self._finalize
         self._denominators: dict[str, float] = {}
+        self._data: LoadedStep | None = None
 
     def train(self, data: LoadedStep) -> StepResult:
         """Forward and backward of one step; gradients are reduced and ready for the optimizer."""
-        clock = _Clock()
+        self._data = data
         self._zero_gradients()
         self._set_mode(training=True)
         reset_router_statistics(self.model.chunks)
         micro_batches = self._micro_batches(data)
-        encoded, exchange = self._encode(data, micro_batches, self.encoder, clock, grad=True)
+        encoded, exchange = self._encode(data, micro_batches, self.encoder, grad=True)
         self.objective.before_step(self, micro_batches)
         self._denominators = self._reduce_counts(micro_batches)
-        clock.start("pipeline")
         sums = self._pipeline(self.chunks, micro_batches, self._objective_loss, forward_only=False)
-        clock.start("encode_backward")
         self._backward_encoder(encoded, exchange)
-        clock.stop()
         losses = self._reduce_losses(sums)
         balance, imbalance = collect_router_statistics(
             self.model.chunks, self.topology, self.config
         )
-        return StepResult(losses, balance, imbalance, clock.seconds)
+        return StepResult(losses, balance, imbalance)
 
     @torch.no_grad()
     def evaluate(self, data: LoadedStep) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and denominators of each loss over one batch, without gradients."""
+        self._data = data
         self._set_mode(training=False)
         micro_batches = self._micro_batches(data)
-        self._encode(data, micro_batches, self.encoder, _Clock(), grad=False)
+        self._encode(data, micro_batches, self.encoder, grad=False)
         self.objective.before_step(self, micro_batches)
         counts = self._reduce_counts(micro_batches)
         self._denominators = dict.fromkeys(counts, 1.0)
@@ -117,15 +114,32 @@ class TrainStep:
     ) -> list[Any]:
         """One more forward of `model` (the trained one or a reference) over the micro-batches.
 
-        Picture features are those already exchanged for the step: a reference sees the pictures
-        through the trained encoder unless the objective replaces them.
+        A reference sees the pictures through its own encoder, in so far as the trained one differs.
 
         Returns:
             What `collect` made of each micro-batch's output, on the loss stage; elsewhere empty.
         """
         loss_free = _collecting(collect)
-        results = self._pipeline(list(model.chunks), micro_batches, loss_free, forward_only=True)
+        with self._features_of(model, micro_batches):
+            results = self._pipeline(
+                list(model.chunks), micro_batches, loss_free, forward_only=True
+            )
         return [result["collected"] for result in results]
+
+    @contextmanager
+    def _features_of(
+        self, model: VisionLanguageModel, micro_batches: list[MicroBatch]
+    ) -> Iterator[None]:
+        """While it lasts, the micro-batches hold features of `model`'s encoder."""
+        if model is self.model or not _is_trained(self.model.encoder):
+            yield
+            return
+        assert self._data is not None
+        kept = [batch.features for batch in micro_batches]
+        self._encode(self._data, micro_batches, model.encoder, grad=False)
+        yield
+        for batch, features in zip(micro_batches, kept, strict=True):
+            batch.features = features
 
     def _set_mode(self, training: bool) -> None:
         for module in (*self.chunks, *([self.encoder] if self.encoder is not None else [])):
@@ -150,20 +164,17 @@ class TrainStep:
         data: LoadedStep,
         micro_batches: list[MicroBatch],
         encoder: torch.nn.Module | None,
-        clock: _Clock,
         grad: bool,
     ) -> tuple[torch.Tensor | None, FeatureExchange | None]:
         """Encode this rank's pictures and hand the features to the micro-batches."""
         if encoder is None:
             return None, None
-        topology, inner = self.topology, self.model.encoder
-        assert inner is not None
-        clock.start("encode")
+        topology = self.topology
+        inner: VisionEncoder = get_attr_wrapped_model(encoder, "trunk", return_model_obj=True)
         dtype = next(inner.parameters()).dtype
         plan = plan_exchange(data.plan, topology.layout, topology.rank)
         with torch.set_grad_enabled(grad):
             encoded = _run_encoder(encoder, inner, data.pictures, dtype, topology.device)
-        clock.start("exchange")
         hidden = self.config.model.language.hidden_size
         exchange = FeatureExchange(
             plan, topology.layout, topology.rank, hidden, dtype, topology.device
@@ -177,11 +188,9 @@ class TrainStep:
     def _backward_encoder(
         self, encoded: torch.Tensor | None, exchange: FeatureExchange | None
     ) -> None:
-        if encoded is None or exchange is None:
+        if encoded is None or exchange is None or not _is_trained(self.model.encoder):
             return
         gradient = exchange.backward()
-        if not encoded.requires_grad:
-            return
         full = encoded.new_zeros(encoded.shape)
         full[: gradient.size(0)] = gradient
         encoded.backward(full)
@@ -212,8 +221,8 @@ class TrainStep:
         total: torch.Tensor | None = None
         reported = {}
         for name, value in self.objective.losses(output, batch).items():
-            # A step without a single counted token has nothing to average.
-            scaled = value / max(self._denominators[name], 1.0)
+            # A step in which nothing counts has nothing to average.
+            scaled = value / (self._denominators[name] or 1.0)
             reported[name] = scaled.detach()
             weighted = scaled * self.objective.loss_weights[name]
             total = weighted if total is None else total + weighted
@@ -230,7 +239,7 @@ class TrainStep:
         layout = self.topology.layout
         interleaved = layout.vpp is not None
         iterators = [iter(micro_batches) for _ in chunks]
-        with self._schedule(forward_only):
+        with _schedule_of(chunks[0], forward_only):
             return get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, loss),
                 data_iterator=iterators if interleaved else iterators[0],
@@ -242,20 +251,26 @@ class TrainStep:
                 forward_only=forward_only,
             )
 
-    @contextmanager
-    def _schedule(self, forward_only: bool) -> Iterator[None]:
-        # The combined schedule has no forward-only form.
-        engine = self.model.engine
-        overlap = engine.overlap_moe_expert_parallel_comm
-        engine.overlap_moe_expert_parallel_comm = overlap and not forward_only
-        try:
-            yield
-        finally:
-            engine.overlap_moe_expert_parallel_comm = overlap
-
     def _finalize(self, chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
         # No token count: losses are already averages.
         finalize_model_grads(chunks, None, **kwargs)
+
+
+@contextmanager
+def _schedule_of(chunk: torch.nn.Module, forward_only: bool) -> Iterator[None]:
+    # Forward alone, the combined schedule still counts one more micro-batch of warm-up.
+    engine = get_model_config(chunk)
+    overlap = engine.overlap_moe_expert_parallel_comm
+    engine.overlap_moe_expert_parallel_comm = overlap and not forward_only
+    try:
+        yield
+    finally:
+        engine.overlap_moe_expert_parallel_comm = overlap
+
+
+def _is_trained(encoder: VisionEncoder | None) -> bool:
+    """Whether any of it is; known alike on every rank."""
+    return encoder is not None and any(p.requires_grad for p in encoder.parameters())
 
 
 def _forward_step(
@@ -307,22 +322,3 @@ def _run_encoder(
         pixels = torch.zeros(merge * merge, channels)
         grid_hw = torch.full((1, 2), merge, dtype=torch.int64)
     return encoder(pixels.to(device=device, dtype=dtype), grid_hw.to(device))
-
-
-class _Clock:
-    """Seconds of the parts of a step, one running at a time."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._name: str | None = None
-        self._since = 0.0
-
-    def start(self, name: str) -> None:
-        self.stop()
-        self._name, self._since = name, time.perf_counter()
-
-    def stop(self) -> None:
-        if self._name is not None:
-            passed = time.perf_counter() - self._since
-            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + passed
-            self._name = None

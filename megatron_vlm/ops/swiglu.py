@@ -22,7 +22,7 @@ def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         `[tokens, width]` in the type of `gate_up`; computed in the wider of the two.
     """
     if gate_up.is_cuda:
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate_up.to(torch.promote_types(gate_up.dtype, probs.dtype)).chunk(2, dim=-1)
         return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
     return _WeightedSwiGLU.apply(gate_up, probs)
 

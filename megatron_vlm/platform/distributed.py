@@ -35,8 +35,9 @@ class World:
 def detect_world() -> World:
     """Read this process's place from its launcher's environment.
 
-    torchrun sets RANK and WORLD_SIZE; srun SLURM_PROCID and SLURM_NTASKS inside a step; mpirun is
-    asked through mpi4py; otherwise the process is alone.
+    torchrun sets RANK and WORLD_SIZE; mpirun is asked through mpi4py; srun sets SLURM_PROCID and
+    SLURM_NTASKS inside a step; otherwise the process is alone. In that order, since torchrun may
+    have been started by the others, and mpirun starts its daemons by srun inside a Slurm job.
 
     Raises:
         ConfigError: a launcher's variables contradict each other, or mpirun without mpi4py.
@@ -53,6 +54,8 @@ def detect_world() -> World:
                 master_port=_integer("MASTER_PORT", 29500),
             )
         )
+    if _by_mpirun():
+        return _checked(_from_mpi())
     # Inside a batch script, outside srun, SLURM_PROCID is set too, but no step.
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _integer("SLURM_NTASKS", 1) > 1:
         return _checked(
@@ -66,8 +69,6 @@ def detect_world() -> World:
                 master_port=_integer("MASTER_PORT", 20000 + _integer("SLURM_JOB_ID", 0) % 15000),
             )
         )
-    if any(name in env for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
-        return _checked(_from_mpi())
     return World(0, 1, 0, "alone", "127.0.0.1", free_port())
 
 
@@ -106,6 +107,27 @@ def _quiet_engine() -> None:
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     # It warns about every layer that is not its own; its errors still show.
     logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def _by_mpirun() -> bool:
+    env = os.environ
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return True
+    if "SLURM_STEP_ID" not in env:
+        return "PMI_SIZE" in env or "PMIX_RANK" in env
+    # srun too speaks PMI to its tasks; mpirun's daemons are tasks of a step of another size.
+    return env.get("PMI_SIZE", env.get("SLURM_NTASKS")) != env.get("SLURM_NTASKS")
+
+
+def environment_rank() -> int:
+    """This process's rank as its launcher's variables tell it, 0 where none do; asks nobody.
+
+    For what is said before the process has joined its group.
+    """
+    names = ["RANK", "OMPI_COMM_WORLD_RANK"]
+    names += ["PMI_RANK", "SLURM_PROCID"] if _by_mpirun() else ["SLURM_PROCID", "PMI_RANK"]
+    found = (os.environ.get(name, "") for name in names)
+    return next((int(text) for text in found if text.isdecimal()), 0)
 
 
 def _integer(name: str, default: int | None = None) -> int:

@@ -223,6 +223,18 @@ def _check_experts(config: RunConfig, world_size: int, tp: int, pp: int, ep: int
             f"model.language.num_moe_experts {experts}; nearest that do: "
             f"{nearest(divisors(experts), ep)}"
         )
+    where = f"parallel.expert_tensor_parallel_size {etp}"
+    if ep == 1 and etp != tp:
+        raise ConfigError(
+            f"{where} differs from tensor_model_parallel_size {tp} at expert_model_parallel_size "
+            f"1, which trains wrongly (an engine fault); set it to {tp} or null, or use expert "
+            "parallelism"
+        )
+    if etp > tp:
+        raise ConfigError(
+            f"{where} exceeds tensor_model_parallel_size {tp}: experts cut finer than the rest are "
+            f"not proven; set it to {tp} or less"
+        )
     if width % etp:
         raise ConfigError(
             f"parallel.expert_tensor_parallel_size {etp} does not divide "
@@ -236,12 +248,6 @@ def _check_experts(config: RunConfig, world_size: int, tp: int, pp: int, ep: int
             f"parallel.expert_model_parallel_size {ep} x expert_tensor_parallel_size {etp} does "
             f"not divide the {per_stage} processes of a pipeline stage; nearest expert sizes that "
             f"do: {nearest(options, ep)}"
-        )
-    if ep == 1 and etp < tp:
-        raise ConfigError(
-            f"parallel.expert_tensor_parallel_size {etp} below tensor_model_parallel_size {tp} at "
-            "expert_model_parallel_size 1 trains wrongly (an engine fault); set it to "
-            f"{tp} or null, or use expert parallelism"
         )
 
 
@@ -305,6 +311,12 @@ def _check_stages(text: str, stages: tuple[str, ...], layers: int, pp: int) -> N
             f"{where} has {len(stages)} stages; expected a multiple of "
             f"pipeline_model_parallel_size {pp} (nearest sizes: "
             f"{nearest(divisors(len(stages)), pp)})"
+        )
+    idle = [rank for rank in range(pp) if not any(stages[rank::pp])]
+    if idle:
+        raise ConfigError(
+            f"{where} gives pipeline rank {idle[0]} nothing to do; give each of the "
+            f"{pp} ranks a layer, E or L"
         )
 
 

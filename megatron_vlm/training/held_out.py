@@ -32,12 +32,12 @@ def validate(
             counts[loss] += totals[loss]
     metrics["validation_loss"] = _total(weights, sums, counts)
     if len(weights) > 1:
-        metrics |= {f"validation_{loss}": sums[loss] / max(counts[loss], 1.0) for loss in weights}
+        metrics |= {f"validation_{loss}": sums[loss] / (counts[loss] or 1.0) for loss in weights}
     return metrics
 
 
 def _total(weights: dict[str, float], sums: dict[str, float], counts: dict[str, float]) -> float:
-    return sum(weight * sums[loss] / max(counts[loss], 1.0) for loss, weight in weights.items())
+    return sum(weight * sums[loss] / (counts[loss] or 1.0) for loss, weight in weights.items())
 
 
 def _one_set(

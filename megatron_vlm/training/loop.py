@@ -103,7 +103,10 @@ class Run:
             encoder=self.trainable.encoder,
             reference=self._reference(self.objective),
         )
-        self._peak = peak_tflops(topology.device, parameter_dtype(config.training.precision))
+        precision = config.training.precision
+        self._peak = peak_tflops(
+            topology.device, parameter_dtype(precision), fp8=precision.startswith("fp8")
+        )
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> Progress:
         """Step to `train_iters` or until asked to stop, then save.

@@ -43,6 +43,7 @@ def _layout(
 
 
 DENSE = "model.language.num_moe_experts=null"
+TIED = "model.language.share_embeddings_and_output_weights=true"
 
 # The quick ones are chosen so that every two of TP+SP, PP, VPP, uneven stages, CP, EP, expert TP,
 # DP, overlap and micro-batch size 2 that can run together meet in at least one of them.
@@ -75,4 +76,7 @@ LAYOUTS: dict[str, Layout] = {
         4, tp=2, pp=2, vpp=2, ep=2, overlap=True, stages="Et|t|tt|L", mbs=2
     ),
     "dp2_pp2_mbs2_cp2": _layout(8, pp=2, cp=2, mbs=2),
+    # One matrix for the first and the last stage, which holds its own copy of it.
+    "tied_dp2_pp2": _layout(4, TIED, pp=2, quick=True),
+    "tied_tp2_pp2_vpp2": _layout(4, TIED, tp=2, pp=2, vpp=2),
 }

@@ -126,3 +126,33 @@ def test_preference_learns(nano_data: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(0.6931471805599453, rel=1e-12)
     # The set is seen several times.
     assert sum(losses[-3:]) / 3 < 0.9 * losses[0], losses
+
+
+class Watched(Preference):
+    """Reports, at no weight, what the reference thinks of every answer."""
+
+    loss_weights = {**Preference.loss_weights, "reference_loss": 0.0}
+
+    def counts(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        return {**super().counts(batch), "reference_loss": batch.loss_mask.sum()}
+
+    def losses(self, output: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        total = -batch.extras["reference"].sum() + 0 * output.sum()
+        return {
+            **super().losses(output, batch),
+            "reference_loss": counted_once(total, self.topology),
+        }
+
+
+register_objective("watched", Watched)
+
+
+@pytest.mark.distributed
+def test_reference_stays_the_starting_model(nano_data: Path, tmp_path: Path) -> None:
+    """Also its sight: it looks through an encoder of its own, not the one that is trained."""
+    found = []
+    for rate in ("3e-3", "1e-30"):
+        words = ("training.objective=watched", f"optimizer.lr={rate}", "optimizer.min_lr=0")
+        run = _train(nano_data, tmp_path / rate, 1, *words)
+        found.append([entry["reference_loss"] for entry in run.metrics])
+    assert found[0] == pytest.approx(found[1], rel=1e-13)

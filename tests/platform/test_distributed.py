@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.platform import World, detect_world
-from tests.ranks import free_port
+from megatron_vlm.platform import World, detect_world, free_port
 
 LAUNCHER_PREFIXES = ("SLURM_", "OMPI_", "PMI", "PRTE_", "TORCHELASTIC_", "MASTER_")
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")

@@ -80,10 +80,10 @@ REFUSALS = {
         ["ep=1"],
     ),
     "expert_width": Refusal(
-        2,
-        "ep=1 etp=3",
-        ["expert_tensor_parallel_size 3", "moe_ffn_hidden_size 32", "2 or 4"],
-        ["etp=2"],
+        4,
+        "tp=4 model.language.moe_ffn_hidden_size=34",
+        ["expert_tensor_parallel_size 4", "moe_ffn_hidden_size 34", "2"],
+        ["tp=2"],
     ),
     "expert_ranks": Refusal(
         4,
@@ -105,6 +105,23 @@ REFUSALS = {
             "2 or null",
         ],
         ["etp=2", "etp=null", "ep=2"],
+    ),
+    "wide_cut_experts": Refusal(
+        2,
+        "etp=2",
+        [
+            "expert_tensor_parallel_size 2",
+            "tensor_model_parallel_size 1",
+            "engine fault",
+            "1 or null",
+        ],
+        ["etp=1", "etp=null", "tp=2"],
+    ),
+    "experts_cut_finer": Refusal(
+        4,
+        "ep=2 etp=2",
+        ["expert_tensor_parallel_size 2 exceeds tensor_model_parallel_size 1", "1 or less"],
+        ["etp=1", "tp=2"],
     ),
     "dense_ep": Refusal(
         2,
@@ -152,6 +169,12 @@ REFUSALS = {
         2,
         "pp=2 stages=Et|tt|tL",
         ["'Et|tt|tL'", "3 stages", "pipeline_model_parallel_size 2", "1 or 3"],
+    ),
+    "layout_idle": Refusal(
+        3,
+        "pp=3 gbs=9 stages=Ett||ttL",
+        ["'Ett||ttL'", "pipeline rank 1 nothing to do", "each of the 3 ranks"],
+        ["stages=Ett|t|tL", "stages=Et|t|ttL"],
     ),
     "layout_without_pp": Refusal(
         1,

@@ -39,8 +39,8 @@ SHORT = {
 
 
 def config(text: str = "") -> RunConfig:
-    """The tests' recipe with `short=value` words over it."""
-    words = [word.split("=", 1) for word in text.split()]
+    """The tests' recipe, eight rows a step, with `short=value` words over it."""
+    words = [word.split("=", 1) for word in ("gbs=8", *text.split())]
     return load_recipe(str(RECIPE), [f"{SHORT.get(key, key)}={value}" for key, value in words])
 
 

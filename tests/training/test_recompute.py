@@ -186,7 +186,7 @@ def test_what_cannot_be_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     built = module.engine_config(run, layout)
     assert set(built.recompute_modules) == set(MODULES) - {"moe_act"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(module, "transformer_engine_usable", lambda: False)
+    monkeypatch.setattr(module, "transformer_engine_serves", lambda dtype: False)
     with pytest.raises(
         ConfigError, match=r"recompute\.language_modules holds layernorm.*remove it"
     ):

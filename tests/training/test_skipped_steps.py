@@ -108,7 +108,7 @@ def test_nothing_moves_but_the_counters(
         # It counts as seen, not as learnt from.
         progress = found["progress"]
         assert [entry["iteration"] for entry in progress] == [1, 2, 3, 4]
-        assert [entry["consumed_samples"] for entry in progress] == [8, 16, 24, 32]
+        assert [entry["consumed_samples"] for entry in progress] == [4, 8, 12, 16]
         assert [entry["skipped_iterations"] for entry in progress] == [0, 0, 1, 1]
         assert [entry["nan_iterations"] for entry in progress] == [0, 0, 1, 1]
         assert [entry["optimizer_steps"] for entry in progress] == [1, 2, 2, 3]

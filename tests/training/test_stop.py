@@ -89,7 +89,7 @@ def test_one_signal_stops_all_ranks(
     verify_files(path)
     progress = read_state(path)["progress"]
     assert progress["iteration"] == progress["optimizer_steps"] == last
-    assert progress["consumed_samples"] == 8 * last
+    assert progress["consumed_samples"] == 4 * last
     log = (tmp_path / "logs" / "rank_00000.log").read_text()
     assert f"asked to stop: saved iteration {last} and left" in log
 

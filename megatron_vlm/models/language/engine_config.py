@@ -11,7 +11,10 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.language.provider import transformer_engine_usable
+from megatron_vlm.models.language.provider import (
+    transformer_engine_serves,
+    transformer_engine_usable,
+)
 from megatron_vlm.topology.layout import Layout
 
 _FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise"}
@@ -63,7 +66,7 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         # Layers differ (dense, experts): one key a layer, whatever the stages.
         "hetereogenous_dist_checkpoint": True,
         **_parallel_options(config, layout),
-        **_fusion_options(),
+        **_fusion_options(dtype),
     }
     if language.num_moe_experts is not None:
         options |= _expert_options(config)
@@ -92,11 +95,21 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
 
 def _recompute_modules(config: RunConfig) -> list[str]:
     modules: list[str] = list(config.recompute.language_modules)
-    if "layernorm" in modules and torch.cuda.is_available() and not transformer_engine_usable():
+    precision = config.training.precision
+    if (
+        "layernorm" in modules
+        and torch.cuda.is_available()
+        and not transformer_engine_serves(parameter_dtype(precision))
+    ):
         # The engine asks Transformer Engine about fp8 there, whatever the precision.
         raise ConfigError(
-            "recompute.language_modules holds layernorm, which on a GPU needs Transformer Engine; "
-            "remove it or install megatron-vlm[gpu]"
+            "recompute.language_modules holds layernorm, which on a GPU needs Transformer Engine "
+            f"and half precision (training.precision is {precision}); remove it"
+        )
+    if "moe" in modules and precision in _FP8_RECIPES:
+        raise ConfigError(
+            f"recompute.language_modules holds moe, which training.precision {precision} does not "
+            "know (the layer would be recomputed with other scales); use moe_act, or bf16"
         )
     if config.model.language.num_moe_experts is None and "moe_act" in modules:
         # Nothing to recompute in a dense model, but the engine would refuse the word.
@@ -140,13 +153,14 @@ def _expert_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _fusion_options() -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available()
+def _fusion_options(dtype: torch.dtype) -> dict[str, Any]:
+    engine_layers = transformer_engine_serves(dtype)
+    # The output layer is the engine's own also beside Transformer Engine, and it needs Apex's.
     apex_wgrad = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return {
-        "gradient_accumulation_fusion": on_gpu and (apex_wgrad or transformer_engine_usable()),
-        "apply_rope_fusion": transformer_engine_usable(),
-        "moe_permute_fusion": transformer_engine_usable(),
+        "gradient_accumulation_fusion": torch.cuda.is_available() and apex_wgrad,
+        "apply_rope_fusion": engine_layers,
+        "moe_permute_fusion": engine_layers,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,

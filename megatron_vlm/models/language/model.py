@@ -64,7 +64,7 @@ def build_language_chunks(
     language: LanguageConfig, config: TransformerConfig, layout: Layout, pp_rank: int
 ) -> list[LanguageModel]:
     """The chunks of pipeline rank `pp_rank`, in the engine's order; weights not yet filled."""
-    provider = choose_provider()
+    provider = choose_provider(config.params_dtype)
     chunks = []
     for chunk in range(layout.num_chunks):
         stage = layout.stages[chunk * layout.pp + pp_rank]

@@ -40,9 +40,14 @@ def transformer_engine_usable() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def choose_provider() -> BackendSpecProvider:
+def transformer_engine_serves(dtype: torch.dtype) -> bool:
+    """Whether layers of this dtype come from it: its packed attention knows bf16 alone."""
+    return transformer_engine_usable() and dtype == torch.bfloat16
+
+
+def choose_provider(dtype: torch.dtype) -> BackendSpecProvider:
     """Transformer Engine's layers where they can run, else torch's."""
-    if not transformer_engine_usable():
+    if not transformer_engine_serves(dtype):
         return TorchProvider()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

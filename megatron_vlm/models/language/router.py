@@ -87,8 +87,6 @@ class SigmoidRouter(Router):
         real = row_ids >= 0
         counted = (choices & real.unsqueeze(-1)).to(scores.dtype)
         self.tokens_per_expert += counted.detach().sum(dim=0)
-        if rows.balance_weight == 0:
-            return probs
         shares = scores / (scores.sum(dim=-1, keepdim=True) + _EPSILON)
         shares = shares * real.unsqueeze(-1)
         index = row_ids.clamp(min=0)
