@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.data.format import DEFAULT_SHARD_MB
 
@@ -16,6 +18,7 @@ example:
 _BUILD_HELP = "turn a LLaVA-style JSON list into a data set: tars, an index, a tokenizer"
 
 _SHOWN_REASONS = 3
+_LONGEST_ID = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         metavar="N",
         type=int,
-        help="threads that read and decode (default: one per core)",
+        help="threads that read and decode (default: one per core it may use)",
     )
     build.add_argument(
         "--overwrite", action="store_true", help="replace the data set that OUT holds"
@@ -85,14 +88,32 @@ def _build(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         workers=args.workers,
         show_progress=True,
+        inputs=[args.tokenizer] if args.tokenizer else [],
     )
-    print(
+    _tell(
         f"{args.out}: {summary.samples:,} samples, {summary.pictures:,} pictures, "
         f"{summary.text_tokens:,} text tokens ({summary.loss_tokens:,} targets), "
         f"{summary.shards:,} shards"
     )
     if summary.rejected:
-        print(f"{len(summary.rejected):,} samples rejected; see {args.out / REJECTED_FILE}")
+        _tell(f"{len(summary.rejected):,} samples rejected; see {summary.folder / REJECTED_FILE}")
         for rejection in summary.rejected[:_SHOWN_REASONS]:
-            print(f"  sample {rejection.index} (id {rejection.id}): {rejection.reason}")
+            _tell(f"  sample {rejection.index}{_id(rejection.id)}: {rejection.reason}")
     return 0
+
+
+def _id(given: Any) -> str:
+    if given is None:
+        return ""
+    text = str(given)
+    return f" (id {text if len(text) <= _LONGEST_ID else text[:_LONGEST_ID] + '...'})"
+
+
+def _tell(line: str) -> None:
+    """Print what may hold anything that stands in a user's list or names a file.
+
+    What is not printable, for this terminal, is escaped: it could drive the terminal, or fail.
+    """
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(safe.encode(encoding, "backslashreplace").decode(encoding))

@@ -1,6 +1,6 @@
 """What a run is: a typed schema, YAML recipes and models, `key=value` overrides, validation."""
 
-from megatron_vlm.config.load import dump_yaml, find_recipes, load_recipe
+from megatron_vlm.config.load import dump_yaml, find_recipes, load_recipe, with_absolute_paths
 from megatron_vlm.config.schema import (
     AdapterConfig,
     CheckpointConfig,
@@ -30,4 +30,5 @@ __all__ = [
     "dump_yaml",
     "find_recipes",
     "load_recipe",
+    "with_absolute_paths",
 ]

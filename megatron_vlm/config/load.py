@@ -2,14 +2,16 @@
 
 A configuration is a pile of layers, each overlaid on the one before: the model's file (on the
 models it is based on), the recipe, the overrides in the order given. Interpolations are resolved
-once, on the finished pile, so that a recipe may refer to what an override changes.
+once, on the finished pile, so that a recipe may refer to what an override changes. Sections are
+merged key by key; so are mappings of free names, unless an override gives one as a whole.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,12 +20,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from megatron_vlm.config.messages import Layer, describe
+from megatron_vlm.config.messages import Layer, Location, describe, named_mappings
 from megatron_vlm.config.schema import ModelConfig, RunConfig
 from megatron_vlm.config.shipped import find_models, find_recipes, locate
 from megatron_vlm.errors import ConfigError
 
-__all__ = ["dump_yaml", "find_models", "find_recipes", "load_model", "load_recipe"]
+__all__ = [
+    "dump_yaml",
+    "find_models",
+    "find_recipes",
+    "load_model",
+    "load_recipe",
+    "with_absolute_paths",
+]
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -33,9 +42,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     `recipe` is the path of a YAML file or the name of a shipped recipe. Each override is
     `dotted.key=value`, the value in YAML; `key=` means null. `model=NAME` (or `model=FILE`)
-    replaces the recipe's model and is applied before every `model.key=value`. Paths inside a file
-    are relative to that file, paths in overrides to the working directory. Raises ConfigError
-    with one line for each mistake.
+    replaces the recipe's model and is applied before every `model.key=value`. A model's file that a
+    recipe or a model names is looked for beside the file that names it; every other path
+    (`data.train`, `data.validation`, `checkpoint.load`, `run_dir`, files in overrides) starts at
+    the working directory. Raises ConfigError with one line for each mistake.
     """
     path = locate("recipe", recipe, Path())
     layer = _read(path)
@@ -56,6 +66,30 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_model(model: str | Path) -> ModelConfig:
     """The model of a YAML file or of a shipped name. Raises ConfigError as `load_recipe` does."""
     return _validate(ModelConfig, _model_layers(model, Path(), "the call"))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, whatever the working directory: paths that start there start at the root.
+
+    This is what a run saves, so that its `config.yaml` means the same run from anywhere.
+    """
+    data, checkpoint = config.data, config.checkpoint
+    return config.model_copy(
+        update={
+            "run_dir": os.path.abspath(config.run_dir),
+            "data": data.model_copy(
+                update={
+                    "train": data.train and os.path.abspath(data.train),
+                    "validation": {
+                        name: os.path.abspath(path) for name, path in data.validation.items()
+                    },
+                }
+            ),
+            "checkpoint": checkpoint.model_copy(
+                update={"load": checkpoint.load and os.path.abspath(checkpoint.load)}
+            ),
+        }
+    )
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -97,7 +131,8 @@ def _parse_override(text: str) -> tuple[str, Layer]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = getattr(error, "problem", None) or _first_line(error)
         raise ConfigError(f"cannot read the value of {label}: {reason}") from error
-    return key, Layer(label, _text_keys(cast("dict[Any, Any]", values), label))
+    steps = tuple(step for step in re.split(r"[.\[\]]", key) if step)
+    return key, Layer(label, _text_keys(cast("dict[Any, Any]", values), label), steps)
 
 
 def _model_layers(
@@ -131,8 +166,9 @@ def _model_layers(
 
 def _validate(schema: type[Section], layers: Sequence[Layer]) -> Section:
     merged: dict[str, Any] = {}
+    named = set(named_mappings(schema))
     for layer in layers:
-        merged = _overlay(merged, layer.values)
+        merged = _overlay(merged, layer.values, layer, named)
     try:
         plain = OmegaConf.to_container(
             OmegaConf.create(merged), resolve=True, throw_on_missing=True
@@ -153,13 +189,34 @@ def _validate(schema: type[Section], layers: Sequence[Layer]) -> Section:
         raise ConfigError("\n".join(describe(error, schema, layers))) from error
 
 
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key; anything else above replaces what is below."""
+def _overlay(
+    below: dict[str, Any],
+    above: dict[str, Any],
+    layer: Layer,
+    named: Set[Location],
+    place: Location = (),
+) -> dict[str, Any]:
+    """Mappings are merged key by key; anything else above replaces what is below.
+
+    In a mapping of free names, one of `named`, an override may also replace the whole and take a
+    name away: key by key, nothing could ever be taken out of what a recipe says.
+    """
     merged = dict(below)
     for key, value in above.items():
-        under = merged.get(key)
-        if isinstance(value, dict) and isinstance(under, dict):
-            value = _overlay(under, value)
+        here = (*place, key)
+        if value is None and place in named and layer.key == here:
+            if key not in merged:
+                known = ", ".join(merged) or "nothing"
+                where = ".".join(map(str, place))
+                raise ConfigError(
+                    f"{layer.label}: {where} holds no {key!r} to take away; it holds {known}"
+                )
+            del merged[key]
+            continue
+        whole = here in named and 0 < len(layer.key) <= len(here)
+        under = merged.get(key, {})
+        if isinstance(value, dict) and isinstance(under, dict) and not whole:
+            value = _overlay(under, value, layer, named, here)
         merged[key] = value
     return merged
 

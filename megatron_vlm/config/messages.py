@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -31,6 +31,8 @@ class Layer:
     """How errors name the source."""
     values: dict[str, Any]
     """What it says, as plain nested mappings."""
+    key: tuple[str, ...] = ()
+    """The key that an override names; empty for a file."""
 
 
 def describe(error: ValidationError, schema: type[BaseModel], layers: Sequence[Layer]) -> list[str]:
@@ -48,6 +50,16 @@ def known_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
         section = _section(field.annotation)
         if section is not None:
             yield from known_keys(section, f"{prefix}{name}.")
+
+
+def named_mappings(schema: type[BaseModel], prefix: Location = ()) -> Iterator[Location]:
+    """Every field that is a mapping of free names, unlike a section, whose keys are fixed."""
+    for name, field in schema.model_fields.items():
+        if get_origin(field.annotation) is dict:
+            yield (*prefix, name)
+        section = _section(field.annotation)
+        if section is not None:
+            yield from named_mappings(section, (*prefix, name))
 
 
 def nearest_keys(key: str, schema: type[BaseModel], most: int = 3) -> list[str]:

@@ -6,10 +6,11 @@ configuration can be read, checked and planned on any machine.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Positive = Annotated[float, Field(gt=0)]
 Precision = Literal["fp64", "fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise"]
 
 
@@ -48,7 +49,7 @@ class VisionConfig(_Section):
     """Larger pictures are reduced to this many pixels. dots.ocr: 11289600."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue in [0, 1]. dots.ocr: CLIP's."""
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation of red, green and blue. dots.ocr: CLIP's."""
 
     @model_validator(mode="after")
@@ -244,7 +245,7 @@ class TrainingConfig(_Section):
     """Packed rows of one optimizer step, over all ranks."""
     precision: Precision = "bf16"
     """`fp64` is for proofs and needs the plain optimizer; `fp8_*` needs Transformer Engine."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**63)
     """Decides the initial weights, the data order and every random draw."""
     eval_interval: int | None = Field(None, gt=0)
     """Steps between validations; null validates only at the end, if there is a held-out set."""
@@ -292,14 +293,22 @@ class OptimizerConfig(_Section):
     bucket_size: int | None = Field(None, gt=0)
     """Elements of one gradient bucket under overlap; null: the engine's own, 40 million or more."""
 
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} exceeds lr {self.lr}; lower it")
+        return self
+
 
 class DataConfig(_Section):
-    """Where samples come from and how they are packed."""
+    """Where samples come from and how they are packed. Paths: from the working directory."""
 
     train: str | None = None
     """Folder of a built data set (`mvlm data build`)."""
     validation: dict[str, str] = {}
-    """Held-out sets by name: each a folder of a built data set."""
+    """Held-out sets by name: each a folder of a built data set. An override of one name adds to
+    those of the recipe, `data.validation.NAME=null` takes one away, and one of the whole mapping
+    (`data.validation={}`) replaces it."""
     pad_multiple: int = Field(16, gt=0)
     """Every sample is padded to a multiple of this many tokens, in every layout alike."""
     packing_window: int = Field(256, gt=0)
@@ -308,6 +317,9 @@ class DataConfig(_Section):
     """A new order each epoch, from training.seed."""
     prefetch_steps: int = Field(2, ge=0)
     """Steps fetched ahead by a background thread."""
+    decode_threads: int | None = Field(None, gt=0)
+    """Threads of a process that decode pictures; null: its share of the machine's cores, one of
+    them left to the step, at least 1 and at most 8 (our choice). Batches do not depend on it."""
     skip_too_long: bool = False
     """Leave out samples longer than training.seq_length instead of refusing to start."""
 

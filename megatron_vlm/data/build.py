@@ -1,57 +1,51 @@
 """Builds a data set from a LLaVA-style list: checks everything once, so that training need not.
 
-Pictures are decoded in full, bad samples are listed with the reason, and the folder looks like a
-data set only when the last byte is in place.
+Pictures are decoded in full and bad samples are listed with the reason. All files are written
+aside; the rename of `dataset.json` alone puts the new set in the place of the old one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 from safetensors.numpy import save
 
+from megatron_vlm.data.build_progress import build_progress
 from megatron_vlm.data.chat import CHAT_SETTINGS, encode_conversation
 from megatron_vlm.data.format import (
+    BUILDING_FOLDER,
     DATASET_FILE,
     DEFAULT_SHARD_MB,
     FORMAT_VERSION,
     INDEX_FILE,
     REJECTED_FILE,
-    TEMPORARY_SUFFIX,
     TOKENIZER_FILE,
-    is_own_name,
+    build_folders,
+    current_build,
+    remove_build,
+    sync,
+    temporary_path,
     write_atomic,
+    write_synced,
 )
 from megatron_vlm.data.geometry import check_sizes
+from megatron_vlm.data.ordered import Reserve, map_ordered, usable_cores
 from megatron_vlm.data.pictures import check_picture
-from megatron_vlm.data.shards import EncodedPicture, EncodedSample, ShardWriter
-from megatron_vlm.data.source import parse_sample, read_image_file, read_source
+from megatron_vlm.data.shards import EncodedPicture, EncodedSample, ShardWriter, sample_digest
+from megatron_vlm.data.source import parse_sample, read_image_files, read_source
 from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer, sha256
 from megatron_vlm.errors import DataError
 
-In = TypeVar("In")
-Out = TypeVar("Out")
+_MAX_PENDING_BYTES = 2**30
+"""Picture files held in memory at once, beyond those of the sample being written. Our choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +63,8 @@ class Rejection:
 class BuildSummary:
     """What a build wrote."""
 
+    folder: Path
+    """Subfolder that holds every file but `dataset.json`."""
     samples: int
     pictures: int
     text_tokens: int
@@ -87,11 +83,12 @@ def build_dataset(
     overwrite: bool = False,
     workers: int | None = None,
     show_progress: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> BuildSummary:
     """Build a data set.
 
-    The same input gives the same bytes. An older data set in `out` is replaced only once the new
-    one is complete.
+    The same input gives the same bytes. An older data set in `out` stays whole, and is what a
+    reader finds, until the new one is complete; then it is removed.
 
     Args:
         source: the LLaVA-style JSON list.
@@ -100,12 +97,13 @@ def build_dataset(
         image_root: folder that picture paths start from and stay in; null: the list's folder.
         shard_mb: megabytes after which a new shard begins.
         overwrite: replace a data set in `out`.
-        workers: threads that read and decode; null: one per core.
+        workers: threads that read and decode; null: one per core that this process may use.
         show_progress: draw a progress bar on standard error.
+        inputs: other files that the caller has read, which replacing must not remove.
 
     Raises:
-        DataError: the list, the tokenizer or the folder is unfit, every sample is bad, or the disk
-            refuses.
+        DataError: the list, the tokenizer or the folder is unfit, every sample is bad, memory
+            runs out, or the disk refuses.
     """
     if shard_mb < 1:
         raise DataError(f"shard size {shard_mb} MB: expected at least 1")
@@ -118,20 +116,25 @@ def build_dataset(
     tokenizer = tokenizer or byte_tokenizer()
     try:
         _check_target(out, overwrite)
+        _check_inputs(out, (source, *inputs), tokenizer)
         out.mkdir(parents=True, exist_ok=True)
-        writer = ShardWriter(out, shard_mb * 2**20)
+        building = out / BUILDING_FOLDER
+        if building.exists():
+            remove_build(building)
+        building.mkdir(exist_ok=True)
+        writer = ShardWriter(building, shard_mb * 2**20)
         try:
             encode = partial(_encode_entry, tokenizer=tokenizer, root=root)
             rejected = _write_samples(writer, entries, encode, workers, show_progress)
-            writer.close()
             if len(rejected) == len(entries):
                 raise DataError(
                     f"{source}: all {len(entries)} samples are bad; the first: {rejected[0].reason}"
                 )
             return _publish(writer, out, tokenizer, rejected)
         finally:
-            writer.close()
-            _remove_temporaries(out)
+            writer.abort()
+            if building.exists():
+                remove_build(building)
     except OSError as error:
         raise DataError(
             f"{error.filename or out}: cannot be written ({error.strerror}); choose another "
@@ -140,39 +143,51 @@ def build_dataset(
 
 
 def _encode_entry(
-    numbered: tuple[int, Any], *, tokenizer: Tokenizer, root: Path
+    numbered: tuple[int, Any], reserve: Reserve, *, tokenizer: Tokenizer, root: Path
 ) -> EncodedSample | Rejection:
     number, entry = numbered
     try:
         sample = parse_sample(entry)
         ids, loss = encode_conversation(tokenizer, sample.turns, len(sample.images))
-        pictures = []
-        for name in sample.images:
-            encoded = read_image_file(root, name)
-            try:
-                height, width, extension = check_picture(encoded)
-                check_sizes(height, width)
-            except DataError as error:
-                raise DataError(f"image {name!r}: {error}") from error
-            pictures.append(EncodedPicture(encoded, extension, height, width))
+        files = read_image_files(root, sample.images, reserve)
+        pictures = [
+            _check_picture(name, encoded)
+            for name, encoded in zip(sample.images, files, strict=True)
+        ]
     except DataError as error:
         return Rejection(number, entry.get("id") if isinstance(entry, dict) else None, str(error))
+    except MemoryError as error:
+        # Not the sample's fault: elsewhere, or on fewer threads, it would have been taken.
+        raise DataError(
+            f"sample {number}: memory ran out while its pictures were decoded; lower --workers "
+            "or take the sample out of the list"
+        ) from error
     tokens = np.array([ids, loss], dtype=np.int32)
     positions = np.flatnonzero(tokens[0] == tokenizer.image_id)
-    return EncodedSample(number, entry, tokens, positions, pictures)
+    digest = sample_digest(tokens, pictures)
+    return EncodedSample(number, json.dumps(entry).encode(), tokens, positions, pictures, digest)
+
+
+def _check_picture(name: str, encoded: bytes) -> EncodedPicture:
+    try:
+        height, width, extension = check_picture(encoded)
+        check_sizes(height, width)
+    except DataError as error:
+        raise DataError(f"image {name!r}: {error}") from error
+    return EncodedPicture(encoded, extension, height, width)
 
 
 def _write_samples(
     writer: ShardWriter,
     entries: list[Any],
-    encode: Callable[[tuple[int, Any]], EncodedSample | Rejection],
+    encode: Callable[[tuple[int, Any], Reserve], EncodedSample | Rejection],
     workers: int | None,
     show_progress: bool,
 ) -> list[Rejection]:
     rejected = []
-    threads = workers or os.cpu_count() or 1
-    results = _map_ordered(encode, enumerate(entries), threads)
-    with closing(results), _progress(show_progress) as progress:
+    threads = workers or usable_cores()
+    results = map_ordered(encode, enumerate(entries), threads, _MAX_PENDING_BYTES)
+    with closing(results), build_progress(show_progress) as progress:
         task = progress.add_task("building", total=len(entries))
         for result in results:
             if isinstance(result, Rejection):
@@ -186,20 +201,26 @@ def _write_samples(
 def _publish(
     writer: ShardWriter, out: Path, tokenizer: Tokenizer, rejected: list[Rejection]
 ) -> BuildSummary:
-    """Swap in the finished shards; dataset.json goes first and comes last."""
-    (out / DATASET_FILE).unlink(missing_ok=True)
-    for path in out.iterdir():
-        if is_own_name(path.name) and path.suffix != TEMPORARY_SUFFIX:
-            path.unlink()
-    shards = writer.publish()
+    """Complete the files, move them to a folder of their own, and switch `dataset.json` to it."""
+    building = out / BUILDING_FOLDER
+    shards = writer.finish()
     columns = writer.columns()
     index = save(columns, metadata={"format_version": str(FORMAT_VERSION)})
     tokenizer_json = tokenizer.to_json().encode()
     lines = [json.dumps({"index": r.index, "id": r.id, "reason": r.reason}) for r in rejected]
-    write_atomic(out / REJECTED_FILE, "".join(line + "\n" for line in lines).encode())
-    write_atomic(out / TOKENIZER_FILE, tokenizer_json)
-    write_atomic(out / INDEX_FILE, index)
+    rejections = "".join(line + "\n" for line in lines).encode()
+    write_synced(building / REJECTED_FILE, rejections)
+    write_synced(building / TOKENIZER_FILE, tokenizer_json)
+    write_synced(building / INDEX_FILE, index)
+
+    # What all files follow from, the shards included: equal names mean equal files.
+    parts = (
+        *(writer.content_sha256(), writer.entries_sha256()),
+        *(sha256(content) for content in (index, tokenizer_json, rejections)),
+    )
+    folder = out / sha256("".join(parts).encode())[:16]
     summary = BuildSummary(
+        folder=folder,
         samples=len(columns["sample_key"]),
         pictures=len(columns["picture_size"]),
         text_tokens=int(columns["sample_text_tokens"].sum(dtype=np.int64)),
@@ -209,11 +230,13 @@ def _publish(
     )
     record = {
         "format_version": FORMAT_VERSION,
+        "folder": folder.name,
         "samples": summary.samples,
         "pictures": summary.pictures,
         "text_tokens": summary.text_tokens,
         "loss_tokens": summary.loss_tokens,
         "rejected": len(rejected),
+        "content_sha256": writer.content_sha256(),
         "shards": shards,
         "index": {"name": INDEX_FILE, "bytes": len(index)},
         "tokenizer": {
@@ -224,7 +247,21 @@ def _publish(
         },
         "chat": CHAT_SETTINGS,
     }
-    write_atomic(out / DATASET_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    folder.mkdir(exist_ok=True)
+    try:
+        for shard in shards:
+            os.replace(building / shard["name"], folder / shard["name"])
+        for name in (REJECTED_FILE, TOKENIZER_FILE, INDEX_FILE):
+            os.replace(building / name, folder / name)
+        sync(folder)
+        write_atomic(out / DATASET_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    except BaseException:
+        if current_build(out) != folder.name:
+            remove_build(folder)
+        raise
+    for older in build_folders(out):
+        if older != folder:
+            remove_build(older)
     return summary
 
 
@@ -234,11 +271,12 @@ def _check_target(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file; expected a folder to write into")
-    names = [path.name for path in out.iterdir()]
+    names = {path.name for path in out.iterdir()}
     if not names:
         return
-    whole = DATASET_FILE in names
-    if not whole and not all(is_own_name(name) for name in names):
+    whole = current_build(out) is not None
+    leftovers = {temporary_path(out / DATASET_FILE).name, *(p.name for p in build_folders(out))}
+    if not whole and not names <= leftovers:
         raise DataError(
             f"{out}: is not empty and holds no data set; choose another folder or empty it"
         )
@@ -247,45 +285,19 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise DataError(f"{out}: holds {state}; choose another folder or add --overwrite")
 
 
-def _remove_temporaries(out: Path) -> None:
-    for path in out.iterdir():
-        if is_own_name(path.name) and path.suffix == TEMPORARY_SUFFIX:
-            path.unlink()
-
-
-def _map_ordered(
-    function: Callable[[In], Out], items: Iterable[In], threads: int
-) -> Generator[Out, None, None]:
-    """Map on threads, results in order, with at most four items a thread under way."""
-    pending: deque[Future[Out]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= 4 * threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-class _RateColumn(ProgressColumn):
-    """Samples per second."""
-
-    def render(self, task: Task) -> Text:
-        """The rate so far, once there is one."""
-        rate = task.finished_speed or task.speed
-        return Text(f"{rate:,.0f} samples/s" if rate else "-")
-
-
-def _progress(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )
+def _check_inputs(out: Path, inputs: Sequence[Path], tokenizer: Tokenizer) -> None:
+    """Raises DataError if replacing what `out` holds would remove a file that is being read."""
+    if not out.is_dir():
+        return
+    target = out.resolve()
+    doomed = (target / DATASET_FILE, *(path.resolve() for path in build_folders(out)))
+    for given in inputs:
+        path = given.resolve()
+        if not any(path.is_relative_to(place) for place in doomed):
+            continue
+        # The set's own tokenizer may serve again: the new set holds the same bytes.
+        if path.read_bytes() != tokenizer.to_json().encode():
+            raise DataError(
+                f"{given}: lies among the files that replacing {out} removes; move it, or choose "
+                "another folder"
+            )

@@ -138,7 +138,7 @@ class SampleReader:
         self.close()
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        path = self.index.path / self.index.shard_names[shard]
+        path = self.index.folder / self.index.shard_names[shard]
         try:
             descriptor = self._descriptor(shard)
             parts = []
@@ -164,7 +164,7 @@ class SampleReader:
     def _descriptor(self, shard: int) -> int:
         with self._lock:
             if shard not in self._descriptors:
-                path = self.index.path / self.index.shard_names[shard]
+                path = self.index.folder / self.index.shard_names[shard]
                 self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[shard]
 

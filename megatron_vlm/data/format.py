@@ -1,11 +1,13 @@
 """What a data set on disk is called and holds: file names, columns, versions, safe writing.
 
-A data set is a folder of plain WebDataset tars beside a flat index. Its `dataset.json` is written
-last, so a folder that has one is whole.
+A data set is a folder with a `dataset.json` that names one subfolder: plain WebDataset tars beside
+a flat index. The subfolder's name comes from its content, so another build never writes into it,
+and the rename of `dataset.json` is the one moment at which a set appears or is replaced.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -22,9 +24,11 @@ TOKENIZER_FILE = "tokenizer.json"
 REJECTED_FILE = "rejected.jsonl"
 TEMPORARY_SUFFIX = ".tmp"
 
-_OWN_NAME = re.compile(
-    r"(shard-\d{5,}\.tar|dataset\.json|index\.safetensors|tokenizer\.json|rejected\.jsonl)(\.tmp)?"
-)
+BUILDING_FOLDER = "building.tmp"
+"""Where a build's files lie until all of them are complete."""
+
+_BUILD_NAME = re.compile(r"[0-9a-f]{16}")
+_BUILD_FILE = re.compile(r"shard-\d{5,}\.tar|index\.safetensors|tokenizer\.json|rejected\.jsonl")
 
 COLUMNS: dict[str, str] = {
     # One entry a sample.
@@ -58,9 +62,46 @@ def sample_key_name(key: int) -> str:
     return f"{key:09d}"
 
 
-def is_own_name(name: str) -> bool:
-    """True for every file name that building a data set can leave in its folder."""
-    return _OWN_NAME.fullmatch(name) is not None
+def is_build_name(name: str) -> bool:
+    """True for what the folder of a build's files may be called."""
+    return _BUILD_NAME.fullmatch(name) is not None
+
+
+def current_build(folder: Path) -> str | None:
+    """The subfolder that `dataset.json` names; null if there is no such file, or if it is not a
+    record that some version of this program may have written.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
+    try:
+        record = json.loads((folder / DATASET_FILE).read_bytes())
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("format_version"), int):
+        return None
+    name = record.get("folder")
+    return name if isinstance(name, str) and is_build_name(name) else None
+
+
+def build_folders(folder: Path) -> list[Path]:
+    """The subfolders that builds have made, the unfinished one included."""
+    return [
+        path
+        for path in folder.iterdir()
+        if (is_build_name(path.name) or path.name == BUILDING_FOLDER)
+        and path.is_dir()
+        and not path.is_symlink()
+    ]
+
+
+def remove_build(build: Path) -> None:
+    """Remove what a build writes into its folder, then the folder if that has emptied it."""
+    for path in build.iterdir():
+        if _BUILD_FILE.fullmatch(path.name):
+            path.unlink()
+    if not any(build.iterdir()):
+        build.rmdir()
 
 
 def temporary_path(path: Path) -> Path:
@@ -68,8 +109,8 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
-def sync_file(path: Path) -> None:
-    """Wait until a closed file's bytes are on the disk, so that a rename never precedes them."""
+def sync(path: Path) -> None:
+    """Wait until a closed file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,13 +118,27 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it: readers see all of it or none.
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk.
 
     Raises:
         OSError: the disk refuses.
     """
+    path.write_bytes(content)
+    sync(path)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: readers see all of it or none.
+
+    Raises:
+        OSError: the disk refuses; nothing is left of it.
+    """
     temporary = temporary_path(path)
-    temporary.write_bytes(content)
-    sync_file(temporary)
-    os.replace(temporary, path)
+    try:
+        write_synced(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)

@@ -21,6 +21,7 @@ from megatron_vlm.data.format import (
     FORMAT_VERSION,
     INDEX_FILE,
     TOKENIZER_FILE,
+    is_build_name,
     sample_key_name,
 )
 from megatron_vlm.data.tokenizer import SpecialIds, sha256
@@ -66,7 +67,9 @@ class DatasetIndex:
     """An opened data set: its shards, its special token ids, and its columns."""
 
     path: Path
-    """The folder."""
+    """The folder as it was given."""
+    folder: Path
+    """Its subfolder that holds the files."""
     shard_names: tuple[str, ...]
     """File names of the shards."""
     shard_sizes: tuple[int, ...]
@@ -77,6 +80,9 @@ class DatasetIndex:
     """Ids of the tokenizer run from 0 to below this."""
     tokenizer_sha256: str
     """SHA-256 of `tokenizer.json`; sets that agree here share their token ids."""
+    content_sha256: str
+    """SHA-256 over every sample's tokens, loss flags and pictures, in order: sets that agree here
+    show a model the same, whatever the size of their shards."""
     columns: IndexColumns
     """Metadata of every sample and picture."""
 
@@ -93,7 +99,7 @@ class DatasetIndex:
     @property
     def tokenizer_path(self) -> Path:
         """The set's own copy of its tokenizer."""
-        return self.path / TOKENIZER_FILE
+        return self.folder / TOKENIZER_FILE
 
     def picture_range(self, sample: int) -> range:
         """The sample's pictures, as positions in the picture columns."""
@@ -116,28 +122,34 @@ def open_dataset(path: str | Path) -> DatasetIndex:
         DataError: the folder or a file is missing, the version is unknown, a shard's size differs
             from what was recorded, or the index does not fit the shards. Names the file.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    given = Path(path)
+    if not given.is_dir():
         raise DataError(
-            f"{folder}: no such folder; expected a data set written by `mvlm data build`"
+            f"{given}: no such folder; expected a data set written by `mvlm data build`"
         )
-    record = _read_record(folder / DATASET_FILE)
+    record = _read_record(given / DATASET_FILE)
     try:
+        build = str(record["folder"])
         shard_names = tuple(str(shard["name"]) for shard in record["shards"])
         shard_sizes = tuple(int(shard["bytes"]) for shard in record["shards"])
         counts = (int(record["samples"]), int(record["pictures"]))
         index_bytes = int(record["index"]["bytes"])
+        content = str(record["content_sha256"])
         tokenizer = record["tokenizer"]
         special_ids = SpecialIds.from_names(tokenizer["special_tokens"])
         vocab_size, digest = int(tokenizer["vocab_size"]), str(tokenizer["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{folder / DATASET_FILE}: field {error} is missing or of the wrong type; "
+            f"{given / DATASET_FILE}: field {error} is missing or of the wrong type; "
             "build the data set again"
         ) from error
+    if not is_build_name(build) or any(Path(name).name != name for name in shard_names):
+        raise DataError(
+            f"{given / DATASET_FILE}: folder {build!r} or a shard's name is not a plain name; "
+            "build the data set again"
+        )
+    folder = given / build
     for name, size in zip(shard_names, shard_sizes, strict=True):
-        if Path(name).name != name:
-            raise DataError(f"{folder / DATASET_FILE}: shard name {name!r} is not a plain name")
         _check_size(folder / name, size)
     _check_size(folder / INDEX_FILE, index_bytes)
     if sha256(_read_bytes(folder / TOKENIZER_FILE)) != digest:
@@ -147,7 +159,17 @@ def open_dataset(path: str | Path) -> DatasetIndex:
         )
     columns = _map_columns(folder / INDEX_FILE)
     _check_columns(folder / INDEX_FILE, columns, counts, np.asarray(shard_sizes, dtype=np.int64))
-    return DatasetIndex(folder, shard_names, shard_sizes, special_ids, vocab_size, digest, columns)
+    return DatasetIndex(
+        path=given,
+        folder=folder,
+        shard_names=shard_names,
+        shard_sizes=shard_sizes,
+        special_ids=special_ids,
+        vocab_size=vocab_size,
+        tokenizer_sha256=digest,
+        content_sha256=content,
+        columns=columns,
+    )
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -65,7 +65,7 @@ class StepLoader:
         micro_batch_size: int,
         vision: VisionConfig | None,
         prefetch_steps: int = 2,
-        decode_threads: int = 2,
+        decode_threads: int = 1,
         batches: Iterable[Sequence[int]] | None = None,
     ) -> None:
         """Start fetching.

@@ -6,12 +6,15 @@ built is what is trained on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from threading import Condition
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_vlm.errors import DataError
 
@@ -19,7 +22,11 @@ if TYPE_CHECKING:
     from megatron_vlm.config.schema import VisionConfig
 
 MAX_PICTURE_PIXELS = 80_000_000
-"""Most pixels a picture may decode to (240 MB as RGB). Our choice, below Pillow's own warning."""
+"""Most pixels a picture may decode to, and most that are decoded at once in a process, on however
+many threads. Our choice, below Pillow's own warning. Measured peak of a decode, the result
+included: 8 bytes a pixel (PNG, JPEG, GIF, BMP, TIFF, PPM; 10 for progressive JPEG), 13 for AVIF, 17
+for WebP, 25 for JPEG 2000, whose libraries hold copies of their own. So 0.6 to 0.8 GB for the
+largest picture, and 2 GB for a JPEG 2000."""
 
 FORMATS: dict[str, str] = {
     "PNG": "png",
@@ -37,6 +44,8 @@ FORMATS: dict[str, str] = {
 formats start outside programs."""
 
 Image.init()
+_BLOCK_PIXELS = 1 << 20
+
 # MPO is opened as JPEG; older Pillows lack AVIF. Asking for a format it lacks fails for all.
 _OPENED_AS = tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -45,24 +54,23 @@ def decode_picture(encoded: bytes) -> NDArray[np.uint8]:
     """Decode the whole picture to RGB.
 
     The EXIF orientation is applied; transparency is laid over white; gray, palette, CMYK and
-    16-bit gray become 8-bit RGB; of an animation the first frame is taken.
+    16-bit gray become 8-bit RGB; of an animation the first frame is taken. Waits while the
+    pictures that other threads decode leave no room below `MAX_PICTURE_PIXELS`.
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
         DataError: not a picture of a known format, damaged, or beyond `MAX_PICTURE_PIXELS`.
+        MemoryError: there is no memory to decode it; says nothing about the picture.
     """
-    try:
+    with _faults("picture cannot be decoded"):
         image = _open(encoded)
-        image.load()
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    except DataError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise DataError(_too_large(str(error))) from error
-    except Exception as error:  # Pillow's plugins raise of every kind on damaged files
-        raise DataError(f"picture cannot be decoded ({type(error).__name__}: {error})") from error
+        with _decoding.hold(image.width * image.height):
+            image.load()
+            # On the image itself: a copy would be as large as all the rest.
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
 
 
 def check_picture(encoded: bytes) -> tuple[int, int, str]:
@@ -73,15 +81,14 @@ def check_picture(encoded: bytes) -> tuple[int, int, str]:
 
     Raises:
         DataError: as `decode_picture`, and where a checksum inside the file is wrong.
+        MemoryError: as `decode_picture`.
     """
-    pixels = decode_picture(encoded)
-    try:
+    height, width, _ = decode_picture(encoded).shape
+    with _faults("picture is damaged"):
         image = _open(encoded)
         # Decoding passes over the checksums of PNG; this reads them and decodes nothing.
         image.verify()
-    except Exception as error:
-        raise DataError(f"picture is damaged ({type(error).__name__}: {error})") from error
-    return pixels.shape[0], pixels.shape[1], FORMATS[str(image.format)]
+        return height, width, FORMATS[str(image.format)]
 
 
 def patches(
@@ -127,6 +134,48 @@ def patches(
     return out
 
 
+class _Turns:
+    """Lets threads decode side by side while their pictures are small enough together."""
+
+    def __init__(self) -> None:
+        self._pixels = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for a picture, and keep it for the block."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._pixels or self._pixels + pixels <= MAX_PICTURE_PIXELS
+            )
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pixels -= pixels
+                self._changed.notify_all()
+
+
+_decoding = _Turns()
+
+
+@contextmanager
+def _faults(what: str) -> Iterator[None]:
+    """Whatever Pillow raises as one DataError, but for want of memory."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(_too_large(str(error))) from error
+    except UnidentifiedImageError as error:  # its own words hold an address
+        known = ", ".join(_OPENED_AS)
+        raise DataError(f"{what}: its beginning is that of no known format ({known})") from error
+    except Exception as error:  # Pillow's plugins raise of every kind on damaged files
+        raise DataError(f"{what} ({type(error).__name__}: {error})") from error
+
+
 def _open(encoded: bytes) -> Image.Image:
     image = Image.open(BytesIO(encoded), formats=_OPENED_AS)
     if image.width * image.height > MAX_PICTURE_PIXELS:
@@ -138,16 +187,26 @@ def _too_large(detail: str) -> str:
     return f"picture decodes to more than {MAX_PICTURE_PIXELS} pixels ({detail}); reduce it first"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = _from_deep_gray(image)
-    elif image.mode in ("F", "LAB"):
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3], converted in bands, so that no second picture is ever held."""
+    if image.mode in ("F", "LAB"):
         raise DataError(f"picture of mode {image.mode} has no agreed RGB; convert it first")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    out = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    rows = max(1, _BLOCK_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        out[top:bottom] = _band_to_rgb(image.crop((0, top, image.width, bottom)))
+    return out
+
+
+def _band_to_rgb(band: Image.Image) -> NDArray[np.uint8]:
+    if band.mode.startswith("I"):
+        band = _from_deep_gray(band)
+    if band.has_transparency_data:
+        band = band.convert("RGBA")
+        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+        band = Image.alpha_composite(white, band)
+    return np.asarray(band.convert("RGB"))
 
 
 def _from_deep_gray(image: Image.Image) -> Image.Image:

@@ -26,7 +26,6 @@ __all__ = [
     "assign_pictures",
     "held_out_batches",
     "plan_rows",
-    "plan_step",
 ]
 
 EMPTY_ROW = Row(())
@@ -98,27 +97,6 @@ class StepPlan:
     """Patches of all pictures."""
 
 
-def plan_step(
-    source: RowSource,
-    first_row: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    num_replicas: int,
-    world_size: int,
-) -> StepPlan:
-    """Plan the step that consumes rows [first_row, first_row + global_batch_size).
-
-    Micro-batch i of replica d takes the rows
-    `first_row + (i * num_replicas + d) * micro_batch_size + k`, so the rows of a step, and the
-    order in which they are consumed, are the same for every layout.
-
-    Raises:
-        ConfigError: the batch does not divide into micro-batches of all replicas.
-    """
-    numbers = range(first_row, first_row + global_batch_size)
-    return plan_rows(source, numbers, micro_batch_size, num_replicas, world_size)
-
-
 def plan_rows(
     source: RowSource,
     row_numbers: Sequence[int],
@@ -126,11 +104,15 @@ def plan_rows(
     num_replicas: int,
     world_size: int,
 ) -> StepPlan:
-    """Plan a batch of any rows, in the structure of `plan_step`; -1 stands for a row of filler.
+    """Plan a batch of any rows.
+
+    Micro-batch i of replica d takes the row numbers
+    [(i * num_replicas + d) * micro_batch_size + k], so the rows of a step, and the order in which
+    they are consumed, are the same for every layout.
 
     Args:
         source: the rows.
-        row_numbers: one number per row of the batch.
+        row_numbers: one number per row of the batch; -1 stands for a row of filler.
         micro_batch_size: rows of one forward pass.
         num_replicas: data-parallel size.
         world_size: ranks that share the pictures.

@@ -1,30 +1,25 @@
 """Writes samples into plain WebDataset tars and collects the index columns on the way.
 
-Shards are complete only under their final names, which they get all at once at the end; until then
-an older data set in the same folder stays readable.
+The tar's bytes go through a file of our own, so that a build that fails (a full disk above all)
+can drop what it has begun without writing another byte.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
-import os
 import tarfile
 from array import array
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.data.format import (
-    COLUMNS,
-    sample_key_name,
-    shard_name,
-    sync_file,
-    temporary_path,
-)
+from megatron_vlm.data.format import COLUMNS, sample_key_name, shard_name, sync
 
 _TYPECODES = {"int32": "i", "int64": "q"}
 
@@ -45,26 +40,38 @@ class EncodedSample:
 
     key: int
     """Place in the source list."""
-    entry: Any
-    """The original conversation."""
+    entry: bytes
+    """The original conversation as JSON."""
     tokens: NDArray[np.int32]
     """[2, n] ids and loss flags."""
     picture_positions: NDArray[np.int64]
     """[pictures] places of the placeholders."""
     pictures: list[EncodedPicture]
+    digest: bytes
+    """Its `sample_digest`."""
+
+
+def sample_digest(tokens: NDArray[np.int32], pictures: Sequence[EncodedPicture]) -> bytes:
+    """SHA-256 of what a model is shown: ids, loss flags [2, n], and the pictures as encoded."""
+    parts = [tokens.astype("<i4", order="C").tobytes(), *(p.encoded for p in pictures)]
+    # Of digests, since a plain concatenation would not tell where one part ends.
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
 class ShardWriter:
-    """Appends samples to numbered tars under temporary names."""
+    """Appends samples to numbered tars."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         """Write into `folder`; a shard is closed once it holds `shard_bytes` bytes."""
         self._folder = folder
         self._shard_bytes = shard_bytes
+        self._file: BinaryIO | None = None
         self._tar: tarfile.TarFile | None = None
-        self._shards = 0
+        self._shards: list[dict[str, Any]] = []
         self._columns = {name: array(_TYPECODES[dtype]) for name, dtype in COLUMNS.items()}
         self._columns["sample_picture_start"].append(0)
+        self._content = hashlib.sha256()
+        self._entries = hashlib.sha256()
 
     def add(self, sample: EncodedSample) -> None:
         """Write one sample.
@@ -72,19 +79,18 @@ class ShardWriter:
         Raises:
             OSError: the disk refuses.
         """
-        if self._tar is None:
-            path = temporary_path(self._folder / shard_name(self._shards))
-            # USTAR has no extended headers, so a member's content follows its 512-byte header.
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
-            self._shards += 1
+        tar = self._tar or self._open_shard()
+        self._content.update(sample.digest)
+        self._entries.update(hashlib.sha256(sample.entry).digest())
+        shard = len(self._shards) - 1
         key = sample_key_name(sample.key)
-        self._member(f"{key}.json", json.dumps(sample.entry).encode())
+        self._member(f"{key}.json", sample.entry)
         buffer = io.BytesIO()
         np.save(buffer, sample.tokens, allow_pickle=False)
         offset, size = self._member(f"{key}.tokens.npy", buffer.getvalue())
         columns = self._columns
         columns["sample_key"].append(sample.key)
-        columns["sample_shard"].append(self._shards - 1)
+        columns["sample_shard"].append(shard)
         columns["sample_offset"].append(offset)
         columns["sample_size"].append(size)
         columns["sample_text_tokens"].append(sample.tokens.shape[1])
@@ -94,35 +100,46 @@ class ShardWriter:
         )
         for ordinal, picture in enumerate(sample.pictures):
             offset, size = self._member(f"{key}.{ordinal}.{picture.extension}", picture.encoded)
-            columns["picture_shard"].append(self._shards - 1)
+            columns["picture_shard"].append(shard)
             columns["picture_offset"].append(offset)
             columns["picture_size"].append(size)
             columns["picture_height"].append(picture.height)
             columns["picture_width"].append(picture.width)
             columns["picture_position"].append(int(sample.picture_positions[ordinal]))
-        if self._tar.offset >= self._shard_bytes:
+        if tar.offset >= self._shard_bytes:
             self._close_shard()
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The index columns of everything added so far."""
         return {name: np.array(self._columns[name], dtype) for name, dtype in COLUMNS.items()}
 
-    def close(self) -> None:
-        """Close the open shard; all still have temporary names."""
-        self._close_shard()
+    def content_sha256(self) -> str:
+        """Hexadecimal SHA-256 of every sample's `digest`, in order: alike for any shard size."""
+        return self._content.hexdigest()
 
-    def publish(self) -> list[dict[str, Any]]:
-        """Give every shard its final name.
+    def entries_sha256(self) -> str:
+        """Hexadecimal SHA-256 of the original conversations, in order."""
+        return self._entries.hexdigest()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Complete the last shard.
 
         Returns:
             `{"name", "bytes"}` of each, in order, as `dataset.json` holds them.
+
+        Raises:
+            OSError: the disk refuses.
         """
-        shards = []
-        for number in range(self._shards):
-            path = self._folder / shard_name(number)
-            os.replace(temporary_path(path), path)
-            shards.append({"name": path.name, "bytes": path.stat().st_size})
-        return shards
+        self._close_shard()
+        return self._shards
+
+    def abort(self) -> None:
+        """Close the open shard as it is, if there is one; it is no whole tar."""
+        file, self._file, self._tar = self._file, None, None
+        if file is not None:
+            # Closing writes what is still buffered, which the disk may refuse once more.
+            with suppress(OSError):
+                file.close()
 
     def _member(self, name: str, content: bytes) -> tuple[int, int]:
         """Append a member; returns offset and size of its content in bytes."""
@@ -135,8 +152,20 @@ class ShardWriter:
         self._tar.members.clear()  # type: ignore[attr-defined]
         return offset, len(content)
 
+    def _open_shard(self) -> tarfile.TarFile:
+        path = self._folder / shard_name(len(self._shards))
+        self._file = path.open("wb")
+        # USTAR has no extended headers, so a member's content follows its 512-byte header.
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._shards.append({"name": path.name})
+        return self._tar
+
     def _close_shard(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
-            sync_file(temporary_path(self._folder / shard_name(self._shards - 1)))
+        if self._tar is None or self._file is None:
+            return
+        self._tar.close()
+        self._file.close()
+        self._file = self._tar = None
+        path = self._folder / self._shards[-1]["name"]
+        sync(path)
+        self._shards[-1]["bytes"] = path.stat().st_size

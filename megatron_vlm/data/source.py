@@ -6,15 +6,17 @@ A bad file stops the build; a bad sample is a reason to leave that sample out.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data.chat import Role, Turn
+from megatron_vlm.data.ordered import Reserve
 from megatron_vlm.errors import DataError
 
 MAX_ENCODED_BYTES = 512 * 2**20
-"""Largest picture file that is read, in bytes. Our choice."""
+"""Most bytes of picture files that one sample may have. Our choice."""
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -72,17 +74,33 @@ def parse_sample(entry: Any) -> SourceSample:
     return SourceSample([_turn(i, turn) for i, turn in enumerate(turns)], _images(entry))
 
 
-def read_image_file(root: Path, name: str) -> bytes:
-    """The bytes of a picture inside the image root.
+def read_image_files(root: Path, names: Sequence[str], reserve: Reserve) -> list[bytes]:
+    """The bytes of a sample's pictures inside the image root.
 
     Args:
         root: resolved folder that pictures must lie in, links followed.
-        name: path relative to it.
+        names: paths relative to it.
+        reserve: called with the bytes of all of them before any is read.
 
     Raises:
-        DataError: outside the root, missing, not a regular file, or larger than
-            `MAX_ENCODED_BYTES`.
+        DataError: one is outside the root, missing or not a regular file, or together they
+            exceed `MAX_ENCODED_BYTES`.
     """
+    found = [(name, *_find_image(root, name)) for name in names]
+    total = 0
+    for name, _, size in found:
+        total += size
+        if total > MAX_ENCODED_BYTES:
+            raise DataError(
+                f"image {name!r}: {size} bytes, {total} with those before it; at most "
+                f"{MAX_ENCODED_BYTES} are read for one sample"
+            )
+    reserve(total)
+    return [_read_image(name, path, size) for name, path, size in found]
+
+
+def _find_image(root: Path, name: str) -> tuple[Path, int]:
+    """Where it is, and its size in bytes."""
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
@@ -92,12 +110,20 @@ def read_image_file(root: Path, name: str) -> bytes:
         # A pipe or a device would block or never end.
         if not path.is_file():
             raise DataError(f"image {name!r}: no such file below the image root")
-        size = path.stat().st_size
-        if size > MAX_ENCODED_BYTES:
-            raise DataError(f"image {name!r}: {size} bytes; at most {MAX_ENCODED_BYTES} are read")
-        return path.read_bytes()
+        return path, path.stat().st_size
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"image {name!r}: cannot be read ({error})") from error
+
+
+def _read_image(name: str, path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            encoded = file.read(size + 1)
+    except OSError as error:
+        raise DataError(f"image {name!r}: cannot be read ({error})") from error
+    if len(encoded) != size:
+        raise DataError(f"image {name!r}: changed its size while it was read; build again")
+    return encoded
 
 
 def _turn(number: int, turn: Any) -> Turn:

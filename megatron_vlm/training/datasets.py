@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.index import open_dataset
+from megatron_vlm.data.ordered import usable_cores
 from megatron_vlm.data.rows import RowSource
 from megatron_vlm.errors import ConfigError, DataError
+
+_MOST_DECODE_THREADS = 8
+# As torchrun, mpirun and srun (with --ntasks-per-node) set them.
+_PROCESSES_PER_MACHINE = (
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "SLURM_NTASKS_PER_NODE",
+)
 
 
 @dataclass
@@ -48,6 +60,7 @@ def data_stream(config: RunConfig, training_set: OpenDataset) -> dict[str, str |
         "model.vision.min_pixels": vision.min_pixels if vision is not None else None,
         "model.vision.max_pixels": vision.max_pixels if vision is not None else None,
         "samples of data.train": index.num_samples,
+        "content_sha256 of data.train": index.content_sha256,
         "tokenizer of data.train": index.tokenizer_sha256,
         "training.seed": config.training.seed,
         "training.seq_length": config.training.seq_length,
@@ -56,6 +69,34 @@ def data_stream(config: RunConfig, training_set: OpenDataset) -> dict[str, str |
         "data.shuffle": config.data.shuffle,
         "data.skip_too_long": config.data.skip_too_long,
     }
+
+
+def left_out(training_set: OpenDataset, held_out: Mapping[str, OpenDataset]) -> list[str]:
+    """One line for each data set of which `data.skip_too_long` leaves out samples."""
+    named = {"data.train": training_set}
+    named |= {f"data.validation.{name}": data for name, data in held_out.items()}
+    return [
+        f"{name}: data.skip_too_long leaves out {source.num_skipped:,} of "
+        f"{source.index.num_samples:,} samples, which are longer than training.seq_length "
+        f"{source.seq_length}"
+        for name, source in ((name, data.source) for name, data in named.items())
+        if source.num_skipped
+    ]
+
+
+def decode_threads(config: RunConfig) -> int:
+    """Threads that decode this process's pictures: `data.decode_threads`, or what that defaults to.
+
+    Launchers either bind each process to its own cores or tell how many processes share the
+    machine.
+    """
+    if config.data.decode_threads is not None:
+        return config.data.decode_threads
+    told = (os.environ.get(name, "") for name in _PROCESSES_PER_MACHINE)
+    processes = next((int(text) for text in told if text.isdigit() and int(text)), 1)
+    bound = usable_cores() < (os.cpu_count() or 1)
+    share = usable_cores() if bound else usable_cores() // processes
+    return max(1, min(_MOST_DECODE_THREADS, share - 1))
 
 
 def _open(config: RunConfig, path: str, shuffle: bool) -> OpenDataset:

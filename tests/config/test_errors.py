@@ -14,6 +14,7 @@ pytestmark = pytest.mark.unit
 
 RECIPE = """
 model:
+  vision: {num_layers: 1, hidden_size: 64, num_attention_heads: 4, ffn_hidden_size: 128}
   language: {num_layers: 2, hidden_size: 64, num_attention_heads: 4, ffn_hidden_size: 128,
              vocab_size: 384}
 training: {train_iters: 3, seq_length: 128, global_batch_size: 2}
@@ -61,6 +62,13 @@ def lines(recipe: Path | str, *overrides: str) -> list[str]:
         ("run_dir", ["override 'run_dir'", "key=value"]),
         ("=7", ["override '=7'", "key=value"]),
         ("data.validation={1: x}", ["key 1", "quotes"]),
+        ("data.validation.b=null", ["data.validation holds no 'b' to take away", "nothing"]),
+        ("data.validation={b: null}", ["data.validation.b is null", "text"]),
+        ("training.seed=18446744073709551616", ["training.seed is 18446744073709551616", "less"]),
+        ("training.seed=9223372036854775808", ["training.seed", "less than 9223372036854775808"]),
+        ("optimizer.min_lr=1", ["optimizer: min_lr 1.0 exceeds lr 0.0003"]),
+        ("model.vision.image_std=[1,0,1]", ["model.vision.image_std[1] is 0", "greater than 0"]),
+        ("data.decode_threads=0", ["data.decode_threads is 0", "greater than 0"]),
         ("model=nowhere", ["no model named 'nowhere'", "shipped models"]),
         ("model=no/where.yaml", ["no/where.yaml does not exist", "shipped models"]),
         ("model=5", ["model is 5", "a mapping"]),

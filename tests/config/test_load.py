@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config import RunConfig, dump_yaml, find_recipes, load_recipe
+from megatron_vlm.config import (
+    RunConfig,
+    dump_yaml,
+    find_recipes,
+    load_recipe,
+    with_absolute_paths,
+)
 from megatron_vlm.config.load import find_models, load_model
 from megatron_vlm.errors import ConfigError
 
@@ -121,6 +127,63 @@ def test_empty_value_is_null_and_numbers_keep_their_kind(recipe: Path) -> None:
     config = load_recipe(recipe, ["data.train=", "optimizer.lr=1"])
     assert config.data.train is None
     assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.validation={}"], {}),
+        (["data.validation={b: y}"], {"b": "y"}),
+        (["data={validation: {b: y}}"], {"b": "y"}),
+        (["data.validation.b=y"], {"charts": "held/charts", "text": "held/text", "b": "y"}),
+        (["data.validation[b]=y"], {"charts": "held/charts", "text": "held/text", "b": "y"}),
+        (["data.validation.charts=null"], {"text": "held/text"}),
+        (
+            ["data.validation.text=", "data.validation.text=z"],
+            {"charts": "held/charts", "text": "z"},
+        ),
+        (["data.validation={}", "data.validation.b=y"], {"b": "y"}),
+        (["data={shuffle: false}"], {"charts": "held/charts", "text": "held/text"}),
+    ],
+)
+def test_held_out_sets_of_a_recipe_can_be_added_to_replaced_and_taken_away(
+    recipe: Path, overrides: list[str], expected: dict[str, str]
+) -> None:
+    held_out = "{charts: held/charts, text: held/text}"
+    recipe.write_text(RECIPE_YAML + f"data: {{validation: {held_out}, pad_multiple: 8}}\n")
+    data = load_recipe(recipe, overrides).data
+    assert data.validation == expected
+    assert data.pad_multiple == 8  # a section is merged, whatever the override
+
+
+def test_sections_are_merged_when_overridden_as_a_whole(recipe: Path) -> None:
+    training = load_recipe(recipe, ["training={train_iters: 8}"]).training
+    assert (training.train_iters, training.seq_length) == (8, 128)
+
+
+def test_what_a_run_saves_means_the_same_run_from_elsewhere(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    home, elsewhere = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(home)
+    overrides = ["data.train=sets/a", "data.validation.b=/sets/b", "data.validation.c=../c"]
+    config = load_recipe(recipe, [*overrides, "checkpoint.load=old"])
+    saved = write(tmp_path / "config.yaml", dump_yaml(with_absolute_paths(config)))
+    monkeypatch.chdir(elsewhere)
+    again = load_recipe(saved)
+    assert again.run_dir == f"{home}/runs/tiny"
+    assert again.data.train == f"{home}/sets/a"
+    assert again.data.validation == {"b": "/sets/b", "c": f"{home.parent}/c"}
+    assert again.checkpoint.load == f"{home}/old"
+    assert with_absolute_paths(again) == again
+    # Nothing else has changed, and what was not given stays so.
+    paths = {"run_dir", "data", "checkpoint"}
+    assert again.model_dump(exclude=paths) == config.model_dump(exclude=paths)
+    assert with_absolute_paths(by_hand()).data.train is None
+    assert with_absolute_paths(by_hand()).checkpoint.load is None
 
 
 def test_a_chain_of_bases_that_closes_is_refused(tmp_path: Path) -> None:

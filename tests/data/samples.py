@@ -14,7 +14,8 @@ from PIL import Image
 from megatron_vlm.config.schema import DataConfig, VisionConfig
 from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.index import DatasetIndex, IndexColumns, open_dataset
-from megatron_vlm.data.plan import MicroBatchPlan, StepPlan
+from megatron_vlm.data.plan import MicroBatchPlan, StepPlan, plan_rows
+from megatron_vlm.data.rows import RowSource
 from megatron_vlm.data.tokenizer import SpecialIds
 
 VISION = VisionConfig(
@@ -81,6 +82,17 @@ def build(folder: Path, entries: Sequence[Any], **options: Any) -> DatasetIndex:
     return open_dataset(folder / "set")
 
 
+def files_of(folder: Path) -> Path:
+    """The subfolder that holds the files of the set in `folder/set`."""
+    return folder / "set" / str(json.loads((folder / "set" / "dataset.json").read_text())["folder"])
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 def index_of(
     text_tokens: Sequence[int],
     pictures: Sequence[Sequence[tuple[int, int, int]]] | None = None,
@@ -105,7 +117,30 @@ def index_of(
         picture_width=np.array([item[2] for item in flat], np.int32),
         picture_position=np.array([item[0] for item in flat], np.int32),
     )
-    return DatasetIndex(Path("unwritten"), ("shard-00000.tar",), (0,), BYTE_IDS, 263, "", columns)
+    return DatasetIndex(
+        path=Path("unwritten"),
+        folder=Path("unwritten"),
+        shard_names=("shard-00000.tar",),
+        shard_sizes=(0,),
+        special_ids=BYTE_IDS,
+        vocab_size=263,
+        tokenizer_sha256="",
+        content_sha256="",
+        columns=columns,
+    )
+
+
+def plan_step(
+    source: RowSource,
+    first_row: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    num_replicas: int,
+    world_size: int,
+) -> StepPlan:
+    """The step that consumes rows [first_row, first_row + global_batch_size)."""
+    numbers = range(first_row, first_row + global_batch_size)
+    return plan_rows(source, numbers, micro_batch_size, num_replicas, world_size)
 
 
 def plan_facts(plan: StepPlan) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Building and opening data sets: what is written, what is rejected, what is never overwritten."""
+"""Building and opening data sets: what is written, what is rejected, what opening refuses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import io
 import json
 import os
 import tarfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,20 @@ import pytest
 from safetensors.numpy import load_file
 
 from megatron_vlm.data import build as build_module
+from megatron_vlm.data import source as source_module
 from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.format import COLUMNS
 from megatron_vlm.data.index import open_dataset
+from megatron_vlm.data.shards import EncodedSample, ShardWriter
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import DataError
-from tests.data.samples import build, encoded, entry, mixed_entries, picture
+from tests.data.samples import build, encoded, entry, files_of, mixed_entries, picture, snapshot
 
 pytestmark = pytest.mark.unit
 
 
 def rejections(folder: Path) -> dict[int, str]:
-    lines = (folder / "set" / "rejected.jsonl").read_text().splitlines()
+    lines = (files_of(folder) / "rejected.jsonl").read_text().splitlines()
     return {item["index"]: item["reason"] for item in map(json.loads, lines)}
 
 
@@ -44,8 +48,8 @@ def members(folder: Path) -> dict[str, bytes]:
 def test_shards_hold_the_samples_and_the_index_points_at_them(tmp_path: Path) -> None:
     entries = mixed_entries(tmp_path)
     index = build(tmp_path, entries, shard_mb=1)
-    found = members(tmp_path / "set")
-    shards = {i: (tmp_path / "set" / name).read_bytes() for i, name in enumerate(index.shard_names)}
+    found = members(index.folder)
+    shards = {i: (index.folder / name).read_bytes() for i, name in enumerate(index.shard_names)}
     assert len(shards) > 1
     assert index.num_samples == len(entries)
     columns = index.columns
@@ -68,15 +72,15 @@ def test_shards_hold_the_samples_and_the_index_points_at_them(tmp_path: Path) ->
             offset, size = int(columns.picture_offset[place]), int(columns.picture_size[place])
             assert shards[int(columns.picture_shard[place])][offset : offset + size] == source
             assert tokens[0, columns.picture_position[place]] == 258
-    mapped = load_file(tmp_path / "set" / "index.safetensors")
+    mapped = load_file(index.folder / "index.safetensors")
     for name, dtype in COLUMNS.items():
         assert mapped[name].dtype == dtype
         np.testing.assert_array_equal(mapped[name], getattr(columns, name))
 
 
 def test_members_of_a_sample_are_neighbours_in_one_shard(tmp_path: Path) -> None:
-    build(tmp_path, mixed_entries(tmp_path), shard_mb=1)
-    keys = [name.split(".")[0] for name in members(tmp_path / "set")]
+    index = build(tmp_path, mixed_entries(tmp_path), shard_mb=1)
+    keys = [name.split(".")[0] for name in members(index.folder)]
     assert sorted(keys) == keys
 
 
@@ -85,8 +89,7 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     written = []
     for workers in (1, 3):
         build(tmp_path, entries, workers=workers, overwrite=True)
-        paths = sorted((tmp_path / "set").iterdir())
-        written.append({path.name: path.read_bytes() for path in paths})
+        written.append(snapshot(tmp_path / "set"))
     assert written[0] == written[1]
 
 
@@ -155,75 +158,58 @@ def test_unfit_lists(tmp_path: Path, content: str, reason: str) -> None:
         build_dataset(tmp_path / "none.json", tmp_path / "set")
 
 
-def test_folders_are_not_written_over(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "thesis.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(DataError, match="not empty and holds no data set"):
-            build(tmp_path, [entry("q", "a")], overwrite=overwrite)
-    (tmp_path / "set" / "thesis.txt").unlink()
-    build(tmp_path, [entry("q", "a")])
-    with pytest.raises(DataError, match="--overwrite"):
-        build(tmp_path, [entry("q", "b"), entry("q", "c")])
-    assert open_dataset(tmp_path / "set").num_samples == 1
-    (tmp_path / "set" / "notes.txt").write_text("kept")
-    assert build(tmp_path, [entry("q", "b"), entry("q", "c")], overwrite=True).num_samples == 2
-    assert (tmp_path / "set" / "notes.txt").read_text() == "kept"
+def test_the_digest_is_that_of_what_a_model_is_shown(tmp_path: Path) -> None:
+    picture(30, 30).save(tmp_path / "a.png")
+    picture(30, 30, seed=1).save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes())
+
+    def digest(*entries: dict[str, Any], **options: Any) -> str:
+        return build(tmp_path, entries, overwrite=True, **options).content_sha256
+
+    base = (entry("q", "yes", ["a.png"]), *(entry("q", "n" * 90_000) for _ in range(2)))
+    expected = digest(*base)
+    assert digest(*base) == digest(*base, workers=1) == expected
+    assert digest(*base, shard_mb=1) == expected
+    assert digest(entry("q", "yes", ["c.png"], id="named"), *base[1:]) == expected
+    others = [
+        digest(entry("q", "yeS", ["a.png"]), *base[1:]),
+        digest(entry("q", "yes", ["b.png"]), *base[1:]),
+        digest(*base[1:], base[0]),
+        digest(*base[:-1]),
+        digest(entry("qyes", "", ["a.png"]), *base[1:]),
+    ]
+    assert len({expected, *others}) == 6
 
 
-def test_overwriting_removes_shards_that_are_no_longer_needed(tmp_path: Path) -> None:
-    index = build(tmp_path, mixed_entries(tmp_path), shard_mb=1)
-    assert len(index.shard_names) > 1
-    build(tmp_path, [entry("q", "a")], overwrite=True)
-    names = sorted(path.name for path in (tmp_path / "set").iterdir())
-    expected = ["dataset.json", "index.safetensors", "rejected.jsonl", "shard-00000.tar"]
-    assert names == [*expected, "tokenizer.json"]
+def test_rejections_are_alike_in_every_run(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    build(tmp_path, [entry("q", "a", ["text.png"]), entry("q", "a")])
+    assert rejections(tmp_path)[0].startswith(
+        "image 'text.png': picture cannot be decoded: its beginning is that of no known format"
+    )
+    assert "0x" not in rejections(tmp_path)[0]
 
 
-def test_a_failed_build_leaves_the_old_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(tmp_path, [entry("q", "a")])
-    before = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
-    calls = []
-
-    def fail_late(*args: object, **options: object) -> object:
-        calls.append(args)
-        if len(calls) > 3:
-            raise KeyboardInterrupt
-        return original(*args, **options)  # type: ignore[arg-type]
-
-    original = build_module._encode_entry
-    monkeypatch.setattr(build_module, "_encode_entry", fail_late)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, [entry("q", "b")] * 9, overwrite=True, workers=1)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
-
-
-def test_a_build_cut_short_never_looks_whole(
+def test_pictures_of_one_sample_are_bounded_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(tmp_path, [entry("q", "a")])
+    picture(30, 30).save(tmp_path / "a.png")
+    size = (tmp_path / "a.png").stat().st_size
+    monkeypatch.setattr(source_module, "MAX_ENCODED_BYTES", 2 * size)
+    build(tmp_path, [entry("q", "a", ["a.png"] * 2), entry("q", "a", ["a.png"] * 3)])
+    assert list(rejections(tmp_path)) == [1]
+    assert f"{size} bytes, {3 * size} with those before it" in rejections(tmp_path)[1]
 
-    removed = []
 
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        removed.append(path.name)
-        path.rename(path.with_name("removed")) if path.exists() else None
+def test_want_of_memory_ends_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(encoded: bytes) -> None:
+        raise MemoryError
 
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(28, "No space left on device", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(build_module, "write_atomic", full)
-        patch.setattr(Path, "unlink", unlink)
-        with pytest.raises(DataError, match="cannot be written .No space left"):
-            build(tmp_path, [entry("q", "b")], overwrite=True)
-    assert removed[0] == "dataset.json"  # before anything that it vouches for
-    (tmp_path / "set" / "removed").unlink()
-    with pytest.raises(DataError, match=r"dataset\.json: missing"):
-        open_dataset(tmp_path / "set")
-    with pytest.raises(DataError, match="interrupted build left"):
-        build(tmp_path, [entry("q", "b")])
-    assert build(tmp_path, [entry("q", "b")], overwrite=True).num_samples == 1
+    picture(30, 30).save(tmp_path / "a.png")
+    monkeypatch.setattr(build_module, "check_picture", fail)
+    with pytest.raises(DataError, match="sample 1: memory ran out .* lower --workers"):
+        build(tmp_path, [entry("q", "a"), entry("q", "a", ["a.png"]), entry("q", "a")])
+    assert list((tmp_path / "set").iterdir()) == []
 
 
 def test_image_root_and_foreign_tokenizer(tmp_path: Path) -> None:
@@ -248,7 +234,7 @@ def test_image_root_and_foreign_tokenizer(tmp_path: Path) -> None:
 
 
 def damage(folder: Path, name: str, change: str) -> None:
-    path = folder / name
+    path = folder / "set" / name if name == "dataset.json" else files_of(folder) / name
     if change == "remove":
         path.unlink()
     elif change == "cut":
@@ -256,6 +242,9 @@ def damage(folder: Path, name: str, change: str) -> None:
     elif change == "version":
         record = json.loads(path.read_text())
         path.write_text(json.dumps({**record, "format_version": 2}))
+    elif change == "folder":
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "folder": "../0123456789abcdef"}))
     else:
         path.write_text(change)
 
@@ -266,7 +255,8 @@ def damage(folder: Path, name: str, change: str) -> None:
         ("dataset.json", "remove", "missing"),
         ("dataset.json", "version", "format_version 2, but this program reads 1"),
         ("dataset.json", "{", "not valid JSON"),
-        ("dataset.json", '{"format_version": 1}', "'shards' is missing"),
+        ("dataset.json", '{"format_version": 1}', "'folder' is missing"),
+        ("dataset.json", "folder", "'../0123456789abcdef' .*not a plain name"),
         ("shard-00000.tar", "remove", "missing"),
         ("shard-00000.tar", "cut", r"bytes, but dataset\.json records"),
         ("index.safetensors", "remove", "missing"),
@@ -279,7 +269,7 @@ def test_opening_names_the_damaged_file(
     tmp_path: Path, name: str, change: str, reason: str
 ) -> None:
     build(tmp_path, [entry("q", "a")])
-    damage(tmp_path / "set", name, change)
+    damage(tmp_path, name, change)
     with pytest.raises(DataError, match=f"{name}: .*{reason}|{name}: .*field {reason}"):
         open_dataset(tmp_path / "set")
 
@@ -288,7 +278,7 @@ def test_opening_checks_the_content_of_the_index(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     build(tmp_path, [entry("q", "a"), entry("q", "b")])
-    path = tmp_path / "set" / "index.safetensors"
+    path = files_of(tmp_path) / "index.safetensors"
     good = load_file(path)
     size = path.stat().st_size
 
@@ -321,3 +311,35 @@ def test_opening_checks_the_content_of_the_index(tmp_path: Path) -> None:
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: no such folder"):
         open_dataset(tmp_path / "nowhere")
+
+
+def test_pictures_wait_for_room_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, most, lock = 0, 0, threading.Lock()
+    check, add = build_module.check_picture, ShardWriter.add
+
+    def counted(encoded: bytes) -> tuple[int, int, str]:
+        nonlocal held, most
+        with lock:
+            held += 1
+            most = max(most, held)
+        time.sleep(0.005)
+        return check(encoded)
+
+    def written(writer: ShardWriter, sample: EncodedSample) -> None:
+        nonlocal held
+        add(writer, sample)
+        with lock:
+            held -= 1
+
+    picture(30, 30).save(tmp_path / "a.png")
+    monkeypatch.setattr(build_module, "check_picture", counted)
+    monkeypatch.setattr(ShardWriter, "add", written)
+    entries = [entry("q", "a", ["a.png"])] * 12
+    build(tmp_path, entries, workers=4)
+    assert most > 1
+    most = 0
+    monkeypatch.setattr(build_module, "_MAX_PENDING_BYTES", 1)
+    assert build(tmp_path, entries, workers=4, overwrite=True).num_pictures == 12
+    assert most == 1

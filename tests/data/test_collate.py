@@ -14,11 +14,11 @@ from megatron_vlm.data.collate import collate_pictures, collate_text, structure
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.index import DatasetIndex
 from megatron_vlm.data.pictures import patches
-from megatron_vlm.data.plan import plan_rows, plan_step
+from megatron_vlm.data.plan import plan_rows
 from megatron_vlm.data.rows import RowSource
 from megatron_vlm.data.tokenizer import byte_tokenizer
 from megatron_vlm.errors import DataError
-from tests.data.samples import VISION, build, data_config, entry, mixed_entries, picture
+from tests.data.samples import VISION, build, data_config, entry, mixed_entries, picture, plan_step
 
 pytestmark = pytest.mark.unit
 

@@ -82,7 +82,7 @@ def test_no_such_picture(tmp_path: Path) -> None:
 def test_truncated_and_missing_shards_are_named(tmp_path: Path) -> None:
     # Changed after opening: opening itself would have refused.
     index = build(tmp_path, mixed_entries(tmp_path, 8))
-    shard = tmp_path / "set" / "shard-00000.tar"
+    shard = index.folder / "shard-00000.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:3000])
     with SampleReader(index) as reader:
@@ -108,7 +108,7 @@ def overwrite(path: Path, offset: int, content: bytes) -> None:
 def test_damaged_content_names_the_sample(tmp_path: Path) -> None:
     picture(30, 30).save(tmp_path / "a.png")
     index = build(tmp_path, [entry("q", "a", ["a.png"]), entry("r", "b", ["a.png"])])
-    shard = tmp_path / "set" / "shard-00000.tar"
+    shard = index.folder / "shard-00000.tar"
     tokens, image = int(index.columns.sample_offset[1]), int(index.columns.picture_offset[1])
     with SampleReader(index) as reader:
         overwrite(shard, image + 200, bytes(400))
@@ -137,7 +137,7 @@ def test_index_of_another_set(tmp_path: Path) -> None:
     index = build(tmp_path, [entry("q", "a", ["a.png"])])
     from safetensors.numpy import load_file, save_file
 
-    path = tmp_path / "set" / "index.safetensors"
+    path = index.folder / "index.safetensors"
     columns = load_file(path)
     columns["picture_width"][:] = 41
     columns["sample_loss_tokens"][:] += 1

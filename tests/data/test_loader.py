@@ -16,10 +16,18 @@ from megatron_vlm.data.collate import TextBatch, collate_pictures, collate_text
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.index import DatasetIndex
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
-from megatron_vlm.data.plan import held_out_batches, plan_step
+from megatron_vlm.data.plan import held_out_batches
 from megatron_vlm.data.rows import RowSource
 from megatron_vlm.errors import DataError
-from tests.data.samples import VISION, build, data_config, entry, mixed_entries, plan_facts
+from tests.data.samples import (
+    VISION,
+    build,
+    data_config,
+    entry,
+    mixed_entries,
+    plan_facts,
+    plan_step,
+)
 
 pytestmark = pytest.mark.unit
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,7 +136,7 @@ def test_checksums_are_checked_when_a_set_is_built() -> None:
 
 def test_programs_that_draw_are_not_pictures() -> None:
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
-    with pytest.raises(DataError, match="UnidentifiedImageError"):
+    with pytest.raises(DataError, match="no known format .PNG, JPEG"):
         decode_picture(script)
 
 
@@ -158,6 +164,98 @@ def test_bound_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode_picture(encoded(picture(10, 10))).shape == (10, 10, 3)
     with pytest.raises(DataError, match="more than 100 pixels .101x1"):
         decode_picture(encoded(picture(1, 101)))
+
+
+PEAK = """
+import resource, sys
+from PIL import Image
+from megatron_vlm.data.pictures import decode_picture
+decode_picture(open(sys.argv[1], "rb").read())  # what decoding loads once
+encoded = open(sys.argv[2], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decode_picture(encoded)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "P"])
+def test_peak_memory_of_a_decode(tmp_path: Path, mode: str) -> None:
+    side = 4000
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, size in (("small", 8), ("large", side)):
+        array = np.zeros((size, size), np.uint16)
+        image = Image.fromarray(array) if mode == "I;16" else Image.new(mode, (size, size))
+        image.save(tmp_path / f"{name}.png", exif=exif)
+    command = [sys.executable, "-c", PEAK, tmp_path / "small.png", tmp_path / "large.png"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # 8 bytes a pixel, and the band that is converted at a time.
+    assert int(done.stdout) < 8 * side**2 + 24 * 2**20
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "1"])
+def test_bands_fit_together(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = picture(23, 17)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)
+    elif mode == "RGBA":
+        image.putalpha(picture(23, 17, 1).convert("L"))
+    else:
+        image = image.convert(mode)
+    data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    whole = decode_picture(data)
+    monkeypatch.setattr(pictures, "_BLOCK_PIXELS", 17 * 4)
+    np.testing.assert_array_equal(decode_picture(data), whole)
+
+
+def test_big_endian_deep_gray() -> None:
+    values = np.arange(0, 65535, 700, dtype=np.uint16).reshape(2, 47)
+    little = encoded(Image.fromarray(values), "TIFF")
+    fields = struct.unpack("<2sHI", little[:8])
+    assert fields[0] == b"II"
+    image = Image.frombytes("I;16B", (47, 2), values.astype(">u2").tobytes())
+    np.testing.assert_array_equal(decode_picture(encoded(image, "TIFF")), decode_picture(little))
+
+
+def test_threads_do_not_decode_more_than_the_bound_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_PICTURE_PIXELS", 250)
+    convert, lock = pictures._to_rgb, threading.Lock()
+    inside, most, met = 0, 0, threading.Event()
+
+    def counted(image: Image.Image) -> np.ndarray:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+            if inside == 2:
+                met.set()
+        met.wait(5)
+        time.sleep(0.02)
+        with lock:
+            inside -= 1
+        return convert(image)
+
+    monkeypatch.setattr(pictures, "_to_rgb", counted)
+    data = encoded(picture(10, 10))
+    with ThreadPoolExecutor(6) as pool:
+        found = [task.result() for task in [pool.submit(decode_picture, data) for _ in range(12)]]
+    assert all(array.shape == (10, 10, 3) for array in found)
+    assert most == 2
+
+
+def test_want_of_memory_is_not_the_picture_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image.Image) -> np.ndarray:
+        raise MemoryError
+
+    data = encoded(picture(10, 10))
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "_to_rgb", fail)
+        with pytest.raises(MemoryError):
+            check_picture(data)
+    assert check_picture(data) == (10, 10, "png")  # its room was given back
 
 
 def loop_patches(image: Image.Image, grid_h: int, grid_w: int) -> np.ndarray:

@@ -13,11 +13,10 @@ from megatron_vlm.data.plan import (
     assign_pictures,
     held_out_batches,
     plan_rows,
-    plan_step,
 )
 from megatron_vlm.data.rows import RowSource
 from megatron_vlm.errors import ConfigError
-from tests.data.samples import VISION, data_config, index_of, plan_facts
+from tests.data.samples import VISION, data_config, index_of, plan_facts, plan_step
 
 pytestmark = pytest.mark.unit
 

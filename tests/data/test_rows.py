@@ -7,10 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from megatron_vlm.data import rows
 from megatron_vlm.data.rows import (
     Row,
     RowSource,
     Segment,
+    count_first_fit_decreasing,
+    count_in_order,
     pack_first_fit_decreasing,
     pack_in_order,
 )
@@ -47,16 +50,44 @@ def test_packing_against_a_plain_first_fit() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         lengths = (rng.integers(1, 9, rng.integers(1, 60)) * 16).tolist()
-        rows: list[list[int]] = []
+        bins: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            for row in rows:
-                if sum(lengths[j] for j in row) + lengths[i] <= 128:
-                    row.append(i)
+            for members_ in bins:
+                if sum(lengths[j] for j in members_) + lengths[i] <= 128:
+                    members_.append(i)
                     break
             else:
-                rows.append([i])
-        expected = sorted((sorted(row) for row in rows), key=lambda row: row[0])
+                bins.append([i])
+        expected = sorted((sorted(found) for found in bins), key=lambda found: found[0])
         assert pack_first_fit_decreasing(lengths, 128) == expected
+
+
+@pytest.mark.parametrize("longest", [3, 20, 64])
+def test_counting_equals_packing(longest: int) -> None:
+    rng = np.random.default_rng(longest)
+    windows = rng.integers(1, longest + 1, (40, 37))
+    windows[-1, 11:] = 0
+    pairs = (
+        (count_first_fit_decreasing, pack_first_fit_decreasing),
+        (count_in_order, pack_in_order),
+    )
+    for count, pack in pairs:
+        expected = [len(pack(w[w > 0].tolist(), 64)) for w in windows]
+        assert count(windows, 64).tolist() == expected
+        assert count(windows[:, :1], 64).tolist() == [1] * 40
+
+
+def test_a_jump_far_ahead_packs_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+
+    def spy(lengths: list[int], capacity: int) -> list[list[int]]:
+        packed.append(len(lengths))
+        return pack_first_fit_decreasing(lengths, capacity)
+
+    lengths = np.random.default_rng(8).integers(1, 65, 100_000).tolist()
+    monkeypatch.setattr(rows, "pack_first_fit_decreasing", spy)
+    source_of(lengths).row(120_000)  # in the second epoch
+    assert packed == [8]
 
 
 def test_lengths_count_pictures_at_their_full_size() -> None:
@@ -83,7 +114,7 @@ def test_unshuffled_rows_by_hand() -> None:
     assert source.row(1) == Row((Segment(3, 0, 64, 64),))
     assert source.row(2) == Row((Segment(4, 0, 1, 16), Segment(5, 16, 30, 32)))
     assert source.row(3) == source.row(0)  # the next epoch
-    assert [source.epoch_of(number) for number in (0, 2, 3, 5, 6)] == [0, 0, 1, 1, 2]
+    assert [source.num_rows(epoch) for epoch in range(3)] == [3, 3, 3]
 
 
 def test_windows_are_packed_on_their_own() -> None:
@@ -100,12 +131,12 @@ def test_every_epoch_holds_every_sample_once_in_a_new_order() -> None:
     source = source_of(lengths)
     first, orders = 0, []
     for epoch in range(3):
-        rows = [source.row(first + i) for i in range(source.num_rows(epoch))]
-        first += len(rows)
-        order = [sample for row in rows for sample in members(row)]
+        epoch_rows = [source.row(first + i) for i in range(source.num_rows(epoch))]
+        first += len(epoch_rows)
+        order = [sample for row in epoch_rows for sample in members(row)]
         assert Counter(order) == Counter(range(100))
         orders.append(order)
-        for row in rows:
+        for row in epoch_rows:
             place = 0
             for segment in row.segments:
                 assert segment.start == place
@@ -140,9 +171,9 @@ def test_random_access_equals_sequential() -> None:
 
 def test_seed_decides_the_order() -> None:
     lengths = list(range(1, 60))
-    rows = [[source_of(lengths, seed=seed).row(i) for i in range(20)] for seed in (1, 1, 2)]
-    assert rows[0] == rows[1]
-    assert rows[0] != rows[2]
+    found = [[source_of(lengths, seed=seed).row(i) for i in range(20)] for seed in (1, 1, 2)]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
 
 
 def test_too_long_samples() -> None:
