@@ -49,6 +49,10 @@ def run_ranks(
         kill_after: polled in the parent; once it says so every rank is killed (SIGKILL) and the
             results are empty.
     """
+    # Once, before a fork: else every rank imports it anew. Not at the top: it is no part of
+    # collecting tests.
+    import megatron_vlm.training.loop  # noqa: F401
+
     context, port = multiprocessing.get_context("fork"), free_port()
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         processes = []

@@ -25,7 +25,7 @@ from megatron_vlm.checkpoint.optimizer_state import (
 )
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
 from megatron_vlm.checkpoint.writer import CheckpointWriter, first_cause
-from megatron_vlm.config import RunConfig, dump_yaml
+from megatron_vlm.config import RunConfig, dump_yaml, with_absolute_paths
 from megatron_vlm.engine.trainable import Trainable
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -65,7 +65,10 @@ class Checkpointer:
         self.root = Path(config.run_dir) / "checkpoints"
         self._config = config
         self._stream = stream
-        self._texts = {"config.yaml": dump_yaml(config), folder.TOKENIZER: tokenizer_json}
+        self._texts = {
+            "config.yaml": dump_yaml(with_absolute_paths(config)),
+            folder.TOKENIZER: tokenizer_json,
+        }
         self._writer = CheckpointWriter(
             self.root, settings.async_save, settings.keep_last, settings.keep_every
         )

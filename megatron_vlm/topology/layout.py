@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.errors import ConfigError
 
+_LONGEST_LAYOUT = 10_000
+"""Letters of a pipeline layout: far beyond any model, and short enough to look through."""
+
 
 @dataclass(frozen=True)
 class Coordinates:
@@ -107,15 +110,31 @@ def parse_stages(text: str) -> tuple[str, ...]:
     Raises:
         ConfigError: a letter other than E, t, L, or a malformed repetition.
     """
+
+    def repeat(match: re.Match[str]) -> str:
+        # By the count of its digits first: a number of thousands of them takes long to read.
+        if len(match[2]) > 5 or len(match[1]) * int(match[2]) > _LONGEST_LAYOUT:
+            raise _too_long(text)
+        return match[1] * int(match[2])
+
     flat = text.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        flat = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), flat)
+        if len(flat) > _LONGEST_LAYOUT:
+            raise _too_long(text)
+        flat = re.sub(pattern, repeat, flat)
     if bad := sorted(set(flat) - set("EtL|")):
         raise ConfigError(
             f"parallel.pipeline_model_parallel_layout {text!r}: unexpected {''.join(bad)!r}; "
             "expected E (embedding), t (layer), L (loss), | between stages, x*n and (...)*n"
         )
     return tuple(flat.split("|"))
+
+
+def _too_long(text: str) -> ConfigError:
+    return ConfigError(
+        f"parallel.pipeline_model_parallel_layout {text[:60]!r} is of more than {_LONGEST_LAYOUT} "
+        "letters; expected as many t as model.language.num_layers"
+    )
 
 
 def resolve_layout(config: RunConfig, world_size: int) -> Layout:

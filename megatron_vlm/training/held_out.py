@@ -9,7 +9,7 @@ from megatron_vlm.data.loader import RankView, StepLoader
 from megatron_vlm.data.plan import held_out_batches
 from megatron_vlm.data.rows import RowSource
 from megatron_vlm.engine.step import TrainStep
-from megatron_vlm.training.datasets import OpenDataset
+from megatron_vlm.training.datasets import OpenDataset, decode_threads
 
 
 def validate(
@@ -56,7 +56,7 @@ def _one_set(
         micro_batch_size=training.micro_batch_size,
         vision=config.model.vision,
         prefetch_steps=min(1, config.data.prefetch_steps),
-        decode_threads=1,
+        decode_threads=decode_threads(config),
         batches=batches,
     )
     with loader:

@@ -23,7 +23,7 @@ from megatron_vlm.checkpoint.checkpointer import (
     load_run,
 )
 from megatron_vlm.checkpoint.folder import write_atomically
-from megatron_vlm.config import RunConfig, dump_yaml
+from megatron_vlm.config import RunConfig, dump_yaml, with_absolute_paths
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
 from megatron_vlm.engine.objective import Objective, build_objective
 from megatron_vlm.engine.routers import update_bias
@@ -34,6 +34,7 @@ from megatron_vlm.models.initialize import initialize
 from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.platform import World, detect_world, seed_step, start_distributed, stop
+from megatron_vlm.platform.memory import release_unused
 from megatron_vlm.platform.peak import peak_tflops
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
@@ -41,6 +42,8 @@ from megatron_vlm.training.console import StepBar, logger, open_logs
 from megatron_vlm.training.datasets import (
     OpenDataset,
     data_stream,
+    decode_threads,
+    left_out,
     open_held_out_sets,
     open_training_set,
 )
@@ -50,6 +53,8 @@ from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.signals import StopRequest
 
 _GIB = 1 << 30
+_RELEASE_INTERVAL = 25
+"""Steps between returns of unused host memory: it takes 20 ms then."""
 
 
 def train(config: RunConfig, world: World | None = None) -> Progress:
@@ -104,6 +109,7 @@ class Run:
             reference=self._reference(self.objective),
         )
         precision = config.training.precision
+        self._on_cpu = topology.device.type == "cpu"
         self._peak = peak_tflops(
             topology.device, parameter_dtype(precision), fp8=precision.startswith("fp8")
         )
@@ -137,6 +143,8 @@ class Run:
                         if progress.iteration % config.training.log_interval == 0:
                             world = self.topology.layout.world_size
                             logger.info(log_line(metrics, total, world))
+                    if self._on_cpu and progress.iteration % _RELEASE_INTERVAL == 0:
+                        release_unused()
                     bar.advance(metrics["step_time_s"])
                     if on_step is not None:
                         on_step(metrics)
@@ -268,7 +276,7 @@ class Run:
             micro_batch_size=config.training.micro_batch_size,
             vision=config.model.vision,
             prefetch_steps=config.data.prefetch_steps,
-            decode_threads=1,
+            decode_threads=decode_threads(config),
         )
 
     def _restore(self) -> Progress:
@@ -296,7 +304,7 @@ class Run:
     def _announce(self) -> None:
         if not self.is_main:
             return
-        write_atomically(self.run_dir / "config.yaml", dump_yaml(self.config))
+        write_atomically(self.run_dir / "config.yaml", dump_yaml(with_absolute_paths(self.config)))
         layout: Layout = self.topology.layout
         logger.info(
             "%d processes (%s), %s, run folder %s",
@@ -305,6 +313,8 @@ class Run:
             self.config.training.precision,
             self.run_dir,
         )
+        for line in left_out(self.data, self.held_out):
+            logger.warning("%s", line)
         if self.progress.iteration:
             logger.info("resumed at iteration %d", self.progress.iteration)
 

@@ -51,7 +51,7 @@ def _lines(run_dir: Path) -> int:
     [
         ("mbs2", ()),
         ("pp2_vpp2_ep2", (*DISTRIBUTED, "checkpoint.async_save=true")),
-        ("tp2_sp", (*DISTRIBUTED, "training.precision=bf16")),
+        ("dp2", (*DISTRIBUTED, "training.precision=bf16")),
     ],
 )
 def test_killed_and_resumed_is_bit_identical(

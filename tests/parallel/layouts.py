@@ -49,7 +49,7 @@ TIED = "model.language.share_embeddings_and_output_weights=true"
 # DP, overlap and micro-batch size 2 that can run together meet in at least one of them.
 LAYOUTS: dict[str, Layout] = {
     "tp2_dense": _layout(2, DENSE, tp=2, quick=True),
-    "tp2_sp": _layout(2, tp=2),
+    "tp2_sp": _layout(2, tp=2, fp32=True),
     "pp2": _layout(2, pp=2),
     "pp2_vpp2": _layout(2, pp=2, vpp=2),
     "pp4": _layout(4, pp=4),
@@ -60,10 +60,10 @@ LAYOUTS: dict[str, Layout] = {
     "ep2_etp2": _layout(4, tp=2, ep=2, etp=2),
     "cp2": _layout(2, cp=2),
     "dp2": _layout(2, quick=True, fp32=True),
-    "dp4": _layout(4, fp32=False),
+    "dp4": _layout(4),
     "mbs2": _layout(1, mbs=2),
     "dp2_mbs2": _layout(2, mbs=2),
-    "tp2_pp2_ep2": _layout(8, tp=2, pp=2, ep=2, quick=True, fp32=True),
+    "tp2_pp2_ep2": _layout(8, tp=2, pp=2, ep=2, quick=True),
     "pp2_vpp2_ep2": _layout(4, pp=2, vpp=2, ep=2),
     "pp2_vpp2_ep2_overlap": _layout(4, pp=2, vpp=2, ep=2, overlap=True, quick=True, fp32=True),
     "ep2_overlap": _layout(2, ep=2, overlap=True),

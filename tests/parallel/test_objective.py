@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from megatron_vlm.engine.microbatch import MicroBatch
 from megatron_vlm.engine.objective import (
+    NextToken,
     Objective,
     counted_once,
     label_log_probs,
@@ -156,3 +157,31 @@ def test_reference_stays_the_starting_model(nano_data: Path, tmp_path: Path) -> 
         run = _train(nano_data, tmp_path / rate, 1, *words)
         found.append([entry["reference_loss"] for entry in run.metrics])
     assert found[0] == pytest.approx(found[1], rel=1e-13)
+
+
+THIN = 2.0**-20  # exact in any precision
+
+
+class Thin(NextToken):
+    """Next-token prediction in which every token weighs a millionth."""
+
+    def counts(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        return {name: value * THIN for name, value in super().counts(batch).items()}
+
+    def losses(self, output: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        return {name: value * THIN for name, value in super().losses(output, batch).items()}
+
+
+register_objective("thin", Thin)
+
+
+@pytest.mark.distributed
+def test_denominators_may_be_small(nano_data: Path, tmp_path: Path) -> None:
+    words = ("training.train_iters=3", "training.eval_interval=3")
+    runs = [
+        train_case(recipe(nano_data, tmp_path / name, *words, f"training.objective={name}"))
+        for name in ("next_token", "thin")
+    ]
+    assert max(differences(*runs).values()) < 1e-11
+    last, thin = (run.metrics[-1]["validation_loss"] for run in runs)
+    assert thin == pytest.approx(last, rel=1e-11)

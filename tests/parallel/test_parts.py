@@ -67,3 +67,22 @@ def test_a_rank_reads_what_it_computes_on(nano_data: Path, tmp_path: Path) -> No
     text = sum(read) - whole
     assert 0 < text < whole
     assert read[1] + text <= read[0] + whole / 4
+
+
+@pytest.mark.distributed
+def test_balance_is_reported_at_no_weight(nano_data: Path, tmp_path: Path) -> None:
+    """Balanced by the bias alone: the loss is still a measure, and trains nothing."""
+    weights = ("0", "1e-12")
+    runs = [
+        train_case(
+            recipe(
+                nano_data,
+                tmp_path / weight,
+                "training.train_iters=2",
+                f"model.language.moe_aux_loss_coeff={weight}",
+            )
+        )
+        for weight in weights
+    ]
+    assert min(value or 0.0 for value in runs[0].balance) > 0.9
+    assert max(differences(*runs).values()) < 1e-9

@@ -162,6 +162,10 @@ REFUSALS = {
     "layout_letters": Refusal(
         2, "pp=2 stages=Ett|tmtL", ["'Ett|tmtL'", "unexpected 'm'", "E (embedding)"]
     ),
+    "layout_bomb": Refusal(
+        2, "pp=2 stages=E(t)*99999999999|L", ["'E(t)*99999999999|L'", "more than 10000 letters"]
+    ),
+    "layout_bomb_of_bombs": Refusal(2, "pp=2 stages=E((t)*9999)*9999|L", ["more than 10000"]),
     "layout_layers": Refusal(2, "pp=2 stages=Ett|tL", ["'Ett|tL'", "3 layers", "num_layers 4"]),
     "layout_order": Refusal(2, "pp=2 stages=tEt|ttL", ["'tEt|ttL'", "one E", "one L"]),
     "layout_twice": Refusal(2, "pp=2 stages=EttL|ttL", ["'EttL|ttL'", "one L, after them"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -56,7 +57,10 @@ def _stopped(number: signal.Signals, rank: int, moment: str) -> Any:
 
         run.step.train, run.checkpointer.save = step, saving
         progress = run.run(on_step=observe)
-        return {"seen": seen, "iteration": progress.iteration}
+        last = Path(run.config.run_dir) / "metrics.jsonl"
+        keys = [set(json.loads(line)) for line in last.read_text().splitlines()]
+        validated = [number for number, found in enumerate(keys, 1) if "validation_loss" in found]
+        return {"seen": seen, "iteration": progress.iteration, "validated": validated}
 
     return use
 
@@ -80,10 +84,16 @@ def test_one_signal_stops_all_ranks(
     last: int,
     async_save: bool,
 ) -> None:
-    words = ("training.precision=fp32", f"checkpoint.async_save={str(async_save).lower()}")
+    words = (
+        "training.precision=fp32",
+        "training.eval_interval=1",
+        f"checkpoint.async_save={str(async_save).lower()}",
+    )
     config = recipe(nano_data, tmp_path, *words)
     for found in with_run(config, _stopped(number, rank, moment), 2):
-        assert found == {"seen": list(range(1, last + 1)), "iteration": last}
+        steps = list(range(1, last + 1))
+        # The last is not validated: who asks may not wait for that.
+        assert found == {"seen": steps, "iteration": last, "validated": steps[:-1]}
     assert list_iterations(tmp_path / "checkpoints") == [last]
     path = find_checkpoint(tmp_path)
     verify_files(path)
