@@ -24,16 +24,18 @@ help: ## show this list
 setup: $(STAMP) ## create .venv and install everything, once
 
 $(STAMP): setup.py pyproject.toml constraints.txt
-	@python=; \
+	@python=; without_venv=; \
 	for candidate in python3.11 python3.12 python3; do \
-	  if $$candidate -c 'import sys; sys.exit((3, 11) > sys.version_info[:2] or sys.version_info[:2] > (3, 12))' 2>/dev/null; \
-	  then python=$$candidate; break; fi; \
+	  if $$candidate -c 'import sys; sys.exit((3, 11) > sys.version_info[:2] or sys.version_info[:2] > (3, 12))' 2>/dev/null; then \
+	    if $$candidate -c 'import ensurepip, venv' 2>/dev/null; then python=$$candidate; break; fi; \
+	    without_venv="$$without_venv $$candidate"; \
+	  fi; \
 	done; \
+	if [ -z "$$python" ] && [ -n "$$without_venv" ]; then \
+	  echo "make setup: no venv module in$$without_venv; install it (Debian: apt-get install python3-venv)" >&2; exit 1; \
+	fi; \
 	if [ -z "$$python" ]; then \
 	  echo "make setup: no Python 3.11 or 3.12 on PATH; install one (Debian 12: apt-get install python3 python3-venv)" >&2; exit 1; \
-	fi; \
-	if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
-	  echo "make setup: $$python has no venv module; install it (Debian: apt-get install python3-venv)" >&2; exit 1; \
 	fi; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes some minutes."

@@ -25,8 +25,11 @@ REQUIRES = [
     "pyyaml",
     "tensorboard",
     "safetensors",
-    "pillow",
-    "tokenizers",
+    # Older ones do not tell transparency (has_transparency_data) and have no scalable font; AVIF
+    # pictures need 11.3.
+    "pillow>=10.1",
+    # Older ones make special tokens of text that spells them (encode_special_tokens).
+    "tokenizers>=0.15.1",
     "rich",
 ]
 DEMO = ["scikit-learn", "scikit-image", "matplotlib"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 HELP = """Train on this machine: one process for each device, started and ended together.
@@ -35,21 +34,18 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlm.topology.layout import resolve_layout
 
     config = load_recipe(args.recipe, args.overrides)
-    if args.nproc is not None and args.nproc < 1:
-        raise ConfigError(f"--nproc {args.nproc}: expected a number of processes above 0")
-    if args.nproc is not None:
+    if args.nproc is not None and args.nproc > 0:
         resolve_layout(config, args.nproc)
     # From here on torch is imported: only once the quick checks have passed.
-    count = _processes(args.nproc)
+    from megatron_vlm.platform.local_launch import local_processes, run_local_ranks, train_command
+
+    count = local_processes(args.nproc)
     resolve_layout(config, count)
-    from megatron_vlm.platform.local_launch import run_local_ranks
     from megatron_vlm.training.datasets import open_held_out_sets, open_training_set
 
     open_training_set(config)
     open_held_out_sets(config)
-    command = [sys.executable, "-m", "megatron_vlm", "train", args.recipe, *args.overrides]
-    if args.debug:
-        command.append("--debug")
+    command = train_command(args.recipe, args.overrides, args.debug)
     logs = Path(config.run_dir) / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -59,24 +55,3 @@ def run(args: argparse.Namespace) -> int:
             "choose a folder that can be written"
         ) from error
     return run_local_ranks(command, count, logs)
-
-
-def _processes(asked: int | None) -> int:
-    """How many to start: as many as asked, else one for each GPU.
-
-    Raises:
-        ConfigError: more than there are GPUs.
-    """
-    import torch
-
-    from megatron_vlm.errors import ConfigError
-
-    if not torch.cuda.is_available():
-        return asked or 1
-    devices = torch.cuda.device_count()
-    if asked is not None and asked > devices:
-        raise ConfigError(
-            f"--nproc {asked}: this machine has {devices} GPUs and each process needs its own; "
-            f"start at most {devices}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
-        )
-    return asked or devices

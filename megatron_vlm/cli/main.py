@@ -11,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -66,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_traceback(debug)
         print("mvlm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`| head`) has enough. Python would flush stdout once more on the way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _stdout_has_no_reader():
+            # `| head` has enough. Python would flush stdout once more on the way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILED
         _print_traceback(debug)
         advice = "" if debug else " (--debug shows the traceback)"
         said = " ".join(str(error).split())
@@ -149,6 +150,16 @@ def _before_separator(words: Sequence[str]) -> list[str]:
 def _without_debug(words: Sequence[str]) -> list[str]:
     before = _before_separator(words)
     return [word for word in before if word != "--debug"] + list(words[len(before) :])
+
+
+def _stdout_has_no_reader() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; other pipes break too."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError):
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _print_traceback(debug: bool) -> None:

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
     from megatron_vlm.planning.report import RunPlan, StagePlan
 
-HELP = """Predict the memory of a recipe on a number of devices, without a GPU.
+HELP = r"""Predict the memory of a recipe on a number of devices, without a GPU.
 
 Shows, for each pipeline stage, the bytes that one of its ranks holds at the fullest moment of a
 step. Left out are temporaries, communication buffers, the allocator's fragments and the CUDA
 context: keep about a tenth of the device free.
 
 example:
-  mvlm plan demo --nproc 8 parallel.pipeline_model_parallel_size=2
-  mvlm plan recipe.yaml --nodes 16 --gpus-per-node 8 --json
+  mvlm plan demo --nproc 2
+  mvlm plan demo --nproc 6 parallel.pipeline_model_parallel_size=3
+  mvlm plan demo model=dots-vlm-142b --nodes 8 --gpus-per-node 8 \
+      parallel.pipeline_model_parallel_size=2 parallel.expert_model_parallel_size=32 \
+      training.global_batch_size=64 training.precision=bf16
 """
 
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20}
@@ -96,16 +99,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
     return number
 
 
 def _at_least_one(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 1 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 1")
     return number
 
 

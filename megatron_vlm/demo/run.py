@@ -1,13 +1,13 @@
 """The demo from start to end: build, ask, train, ask again, show.
 
-Training is an ordinary run started by `mvlm launch`; only the data and the marking are special.
+Training is an ordinary run whose ranks are started as `mvlm launch` starts them; only the data and
+the marking are special.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -18,18 +18,32 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from megatron_vlm.config import RunConfig, load_recipe
+from megatron_vlm.checkpoint.folder import (
+    find_checkpoint,
+    list_iterations,
+    read_state,
+    write_atomically,
+)
+from megatron_vlm.config import RunConfig, dump_yaml
 from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.index import open_dataset
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.demo.dataset import build
+from megatron_vlm.demo.folder import RESULT, DemoFolder, claim
+from megatron_vlm.demo.settings import demo_config, fitting_overrides, processes_on_cpu
 from megatron_vlm.demo.sheet import SheetRow, digit_accuracy, exact_match, write_sheet
 from megatron_vlm.demo.tokens import train_tokenizer
-from megatron_vlm.errors import UserError
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.platform.local_launch import (
+    FAILED,
+    TERMINATED,
+    local_processes,
+    run_local_ranks,
+    train_command,
+)
 
-RECIPE = "demo"
-RESULT = "result.json"
 # Our choice: what is drawn in seconds and lasts for several epochs of a demo.
 _TRAIN_SAMPLES, _HELD_OUT_SAMPLES = 8000, 300
 _LONGEST_ANSWER = 32
@@ -47,52 +61,91 @@ class Answered:
     given: str
 
 
-def run_demo(run_dir: Path, nproc: int, overrides: Sequence[str], samples: int | None) -> int:
+def run_demo(
+    run_dir: Path, nproc: int | None, overrides: Sequence[str], samples: int | None
+) -> int:
     """Run the whole demo below `run_dir`; returns the exit code.
 
     Args:
         run_dir: everything goes here; a demo that was interrupted goes on, a finished one restarts.
-        nproc: training processes.
+        nproc: training processes; null for one a GPU, without GPUs two (one on a single core).
         overrides: `key=value` for the recipe.
-        samples: training pictures; null for the demo's own number.
+        samples: training pictures; null for the demo's own number, or that of the demo that was
+            interrupted here.
+
+    Returns:
+        0 when the model has learned, 1 when training failed or taught it nothing, 2 when a rank
+        met wrong input, 130 or 143 when it was interrupted.
+
+    Raises:
+        UserError: the folder, an override or a number does not fit. Raised before anything is
+            written or removed, but for what is wrong with the data.
     """
     started = time.perf_counter()
-    console = Console(highlight=False)
-    if (run_dir / RESULT).exists():
-        _clear(run_dir)
+    console = Console(highlight=False, markup=False)
+    if samples is not None and samples < 1:
+        raise ConfigError(f"--samples {samples}: expected 1 or more")
+    count = local_processes(nproc, on_cpu=processes_on_cpu())
+    config = demo_config(run_dir, count, overrides)
+    folder = claim(run_dir)
+    number = _train_samples(folder, samples)
+    if folder.finished:
+        folder.clear()
     data = run_dir / "data"
     _title(console, "1/4 Data: digits, photographs and text become pictures with questions")
-    if not (data / "held_out" / "dataset.json").is_file():
-        _build_data(data, samples or _TRAIN_SAMPLES)
-    words = [
-        f"run_dir={run_dir}",
-        f"data.train={data / 'train'}",
-        f"data.validation.held_out={data / 'held_out'}",
-        *overrides,
-    ]
-    config = load_recipe(RECIPE, words)
+    if folder.samples != number or not (data / "held_out" / "dataset.json").is_file():
+        folder.note_samples(None)
+        _build_data(data, number)
+        folder.note_samples(number)
+    _check_data(config)
     held_out = json.loads((data / "source" / "heldout.json").read_text())
 
     _title(console, "2/4 Before training: the model answers questions about held-out pictures")
     before = _answers(config, data, held_out, checkpoint=None)
     _report(console, before)
 
-    _title(console, f"3/4 Training on {nproc} processes")
-    training = time.perf_counter()
-    code = _train(words, nproc)
-    seconds = time.perf_counter() - training
+    _title(console, f"3/4 Training on {count} process{'es' * (count > 1)}")
+    code = _train(config, count)
+    if code == 0 and (reached := _iteration(run_dir)) < config.training.train_iters:
+        # Ranks that were asked to stop have saved and ended well, but the demo is not over.
+        console.print(
+            f"stopped at iteration {reached} of {config.training.train_iters}; the same command "
+            "goes on from there"
+        )
+        return TERMINATED
     if code != 0:
         return code
 
     _title(console, "4/4 After training: the same questions")
     after = _answers(config, data, held_out, checkpoint=run_dir)
     _report(console, after)
-    sheet = run_dir / "answers.png"
-    _write_sheet(sheet, after)
-    result = _result(before, after, seconds)
-    (run_dir / RESULT).write_text(json.dumps(result, indent=2) + "\n")
-    _farewell(console, run_dir, result, time.perf_counter() - started)
-    return 0
+    _write_sheet(run_dir / "answers.png", after)
+    result = _result(before, after, _training_seconds(run_dir))
+    write_atomically(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
+    fitting = fitting_overrides(count, overrides)
+    _farewell(console, run_dir, result, time.perf_counter() - started, count, fitting)
+    if result["digit_accuracy_after"] > result["digit_accuracy_before"]:
+        return 0
+    print(
+        f"mvlm demo: the model learned nothing: digit accuracy "
+        f"{result['digit_accuracy_after']:.1%} after training; look at {run_dir / 'logs'} and run "
+        "`mvlm doctor`",
+        file=sys.stderr,
+    )
+    return FAILED
+
+
+def _train_samples(folder: DemoFolder, asked: int | None) -> int:
+    """How many training samples this demo has."""
+    if folder.finished:
+        return asked or _TRAIN_SAMPLES
+    number = asked or folder.samples or _TRAIN_SAMPLES
+    if number != folder.samples and list_iterations(folder.path / "checkpoints"):
+        raise ConfigError(
+            f"--samples {number}: the demo that was interrupted in {folder.path} trains on "
+            f"{folder.samples}; leave out --samples to go on, or name another --run-dir"
+        )
+    return number
 
 
 def _build_data(data: Path, train_samples: int) -> None:
@@ -109,12 +162,12 @@ def _build_data(data: Path, train_samples: int) -> None:
         )
 
 
-def _clear(run_dir: Path) -> None:
-    """Make room for a new run; the data are kept."""
-    for name in ("checkpoints", "tensorboard", "logs"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "config.yaml", "answers.png", RESULT):
-        (run_dir / name).unlink(missing_ok=True)
+def _check_data(config: RunConfig) -> None:
+    """Raises UserError when the run could not train on its data."""
+    from megatron_vlm.training.datasets import open_held_out_sets, open_training_set
+
+    open_training_set(config)
+    open_held_out_sets(config)
 
 
 def _answers(
@@ -151,15 +204,26 @@ def _bar() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
 
 
-def _train(words: Sequence[str], nproc: int) -> int:
-    command = [sys.executable, "-m", "megatron_vlm", "launch", RECIPE, "--nproc", str(nproc)]
-    with subprocess.Popen([*command, *words]) as launcher:
-        while True:
-            try:
-                return launcher.wait()
-            except KeyboardInterrupt:
-                # The launcher has heard it too: it saves a checkpoint, then ends.
-                continue
+def _train(config: RunConfig, count: int) -> int:
+    """Train to the end or until asked to stop; returns the launcher's exit code."""
+    run_dir = Path(config.run_dir)
+    recipe = run_dir / "config.yaml"
+    write_atomically(recipe, dump_yaml(config))
+    # What was printed comes before what the ranks print.
+    sys.stdout.flush()
+    command = train_command(str(recipe.resolve()), [])
+    return run_local_ranks(command, count, run_dir / "logs")
+
+
+def _iteration(run_dir: Path) -> int:
+    """How far the run has come."""
+    return int(read_state(find_checkpoint(run_dir))["progress"]["iteration"])
+
+
+def _training_seconds(run_dir: Path) -> float:
+    """Seconds that all steps took, those before an interruption too."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return sum(json.loads(line)["step_time_s"] for line in lines)
 
 
 def _pairs(answers: Sequence[Answered], kinds: str = "") -> list[tuple[str, str]]:
@@ -214,30 +278,33 @@ def _write_sheet(path: Path, answers: Sequence[Answered]) -> None:
 
 
 def _title(console: Console, text: str) -> None:
-    console.rule(f"[bold]{text}", align="left")
+    console.rule(Text(text, style="bold"), align="left")
 
 
-def _farewell(console: Console, run_dir: Path, result: dict[str, float], seconds: float) -> None:
-    console.rule("[bold]Done", align="left")
+def _farewell(
+    console: Console,
+    run_dir: Path,
+    result: dict[str, float],
+    seconds: float,
+    count: int,
+    fitting: Sequence[str],
+) -> None:
+    _title(console, "Done")
+    fitted = "".join(f" {word}" for word in fitting)
     console.print(
         f"Digits of held-out pictures read right, in place: "
         f"{result['digit_accuracy_before']:.1%} before, {result['digit_accuracy_after']:.1%} after "
-        f"{result['train_seconds']:.0f} s of training. Whole answers: "
+        f"{result['train_seconds']:.0f} s of training steps. Whole answers: "
         f"{result['exact_match_before']:.1%} before, {result['exact_match_after']:.1%} after. "
-        f"The demo took {seconds:.0f} s.\n"
+        f"This call took {seconds:.0f} s.\n"
         f"  answers     {run_dir / 'answers.png'}\n"
         f"  numbers     {run_dir / RESULT}, {run_dir / 'metrics.jsonl'}\n"
-        f"  curves      tensorboard --logdir {run_dir / 'tensorboard'}\n"
+        f"  curves      tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}\n"
         f"  checkpoint  {run_dir / 'checkpoints'}\n"
         "Next:\n"
-        f"  mvlm generate --checkpoint {run_dir} --image PICTURE "
+        f"  mvlm generate --checkpoint {shlex.quote(str(run_dir))} --image PICTURE "
         '--prompt "Which digits, left to right?"\n'
         "  mvlm data build YOUR.json datasets/yours     your own pictures and questions\n"
-        "  mvlm launch demo --nproc 2 data.train=datasets/yours run_dir=runs/yours",
+        f"  mvlm launch demo --nproc {count}{fitted} data.train=datasets/yours run_dir=runs/yours",
         soft_wrap=True,
     )
-    if result["digit_accuracy_after"] <= result["digit_accuracy_before"]:
-        raise UserError(
-            f"the demo learned nothing: digit accuracy {result['digit_accuracy_after']:.1%} after "
-            f"training; look at {run_dir / 'logs'} and run `mvlm doctor`"
-        )

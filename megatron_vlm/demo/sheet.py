@@ -45,25 +45,6 @@ class SheetRow:
         return _same(self.expected, self.given)
 
 
-@dataclass(frozen=True)
-class Mark:
-    """The marks of one answer: `right` of `total` parts, and whether all of it is `exact`."""
-
-    right: int
-    total: int
-    exact: bool
-
-
-def score(expected: str, given: str, kind: str) -> Mark:
-    """Mark one answer. `kind` is the sample's: readings (`digits_read_*`) count each digit in its
-    place, every other kind counts once, for the whole answer.
-    """
-    exact = _same(expected, given)
-    if not kind.startswith("digits_read_"):
-        return Mark(int(exact), 1, exact)
-    return Mark(*_digits_in_place(expected, given), exact)
-
-
 def digit_accuracy(pairs: Sequence[tuple[str, str]]) -> float:
     """Digits right in place over digits expected, for `(expected, given)` readings, in 0..1.
 

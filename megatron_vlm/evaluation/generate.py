@@ -22,14 +22,14 @@ from megatron_vlm.data.chat import encode_prompt
 from megatron_vlm.data.geometry import grid, num_image_tokens, target_size
 from megatron_vlm.data.pictures import decode_picture, patches
 from megatron_vlm.data.tokenizer import Tokenizer
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.initialize import initialize
 from megatron_vlm.models.language.packing import PackedRows
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.platform import World, start_distributed, stop
 from megatron_vlm.platform.distributed import free_port
 from megatron_vlm.topology.layout import resolve_layout
-from megatron_vlm.topology.mesh import build_topology, destroy_topology
+from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Question:
     text: str
     pictures: tuple[bytes, ...] = ()
     """Files as they are on disk (PNG, JPEG, ...)."""
+    names: tuple[str, ...] = ()
+    """What errors call the pictures; empty for their numbers."""
+
+    def name(self, number: int) -> str:
+        """What errors call picture `number`, from 0."""
+        return self.names[number] if self.names else f"picture {number + 1}"
 
 
 @dataclass
@@ -61,20 +67,28 @@ class Answerer:
             config: the run; its layout is replaced by one process.
             tokenizer: the one it was trained with.
             checkpoint: weights to load; null leaves the initial ones of training.seed.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of another model.
         """
-        one = config.model_copy(
-            update={"parallel": ParallelConfig(), "recompute": RecomputeConfig()}
-        )
-        layout = resolve_layout(one, 1)
+        self.config, self.tokenizer = _alone(config), tokenizer
+        layout = resolve_layout(self.config, 1)
         device = start_distributed(World(0, 1, 0, "alone", "127.0.0.1", free_port()))
-        self.topology = build_topology(layout, device)
-        self.config, self.tokenizer = one, tokenizer
-        self.model: VisionLanguageModel = build_model(one, self.topology)
+        try:
+            self._load(build_topology(layout, device), checkpoint)
+        except BaseException:
+            # Else no other group could be started in this process.
+            self.close()
+            raise
+
+    def _load(self, topology: Topology, checkpoint: Path | None) -> None:
+        config, self.topology = self.config, topology
+        self.model: VisionLanguageModel = build_model(config, topology)
         self.progress = Progress()
         if checkpoint is None:
-            initialize(self.model.sharded_state_dict(), one.model, one.training.seed)
+            initialize(self.model.sharded_state_dict(), config.model, config.training.seed)
         else:
-            self.progress = load_model(checkpoint, self.model, one)
+            self.progress = load_model(checkpoint, self.model, config)
         (self._decoder,) = self.model.chunks
         # Only the last position of each prompt goes through the output layer.
         self._decoder.output = "hidden"
@@ -121,13 +135,19 @@ class Answerer:
 
         Args:
             questions: prompts with their pictures.
-            max_new_tokens: longest answer.
+            max_new_tokens: longest answer; one that reaches the model's longest sample
+                (max_position_embeddings, prompt included) ends there.
             batch_tokens: tokens packed into one forward pass, answers included.
             on_batch: told how many more questions are done.
 
         Raises:
+            ConfigError: `max_new_tokens` is below 1.
             DataError: a picture cannot be read, or a prompt is longer than the model allows.
         """
+        if max_new_tokens < 1:
+            raise ConfigError(
+                f"longest answer of {max_new_tokens} tokens: expected 1 or more (--max-new-tokens)"
+            )
         prompts = [self._prompt(question) for question in questions]
         answers: list[str] = []
         start = 0
@@ -155,15 +175,20 @@ class Answerer:
             if vision is None or encoder is None:
                 raise DataError("the model has no encoder; expected a question without pictures")
             pixels, grids = [], []
-            for encoded in question.pictures:
-                image = decode_picture(encoded)
-                height, width = target_size(image.shape[0], image.shape[1], vision)
+            for number, encoded in enumerate(question.pictures):
+                try:
+                    image = decode_picture(encoded)
+                    height, width = target_size(image.shape[0], image.shape[1], vision)
+                except DataError as error:
+                    raise DataError(f"{question.name(number)}: {error}") from error
                 rows, columns = grid(height, width, vision)
                 pixels.append(torch.from_numpy(patches(image, rows, columns, vision)))
                 grids.append((rows, columns))
                 counts.append(num_image_tokens(rows, columns, vision))
             parameter = next(encoder.parameters())
-            features = encoder(torch.cat(pixels).to(parameter), torch.tensor(grids))
+            features = encoder(
+                torch.cat(pixels).to(parameter), torch.tensor(grids, device=parameter.device)
+            )
         expanded, places = _expand(ids, counts, self.tokenizer.image_id)
         limit = self.config.model.language.max_position_embeddings
         if len(expanded) >= limit:
@@ -175,16 +200,16 @@ class Answerer:
 
     def _decode(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> list[str]:
         ends = {self.tokenizer.eos_id, self.tokenizer.special("<|end|>")}
+        limit = self.config.model.language.max_position_embeddings
+        rooms = [min(max_new_tokens, limit - len(prompt.ids)) for prompt in prompts]
         given: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
-        for _ in range(max_new_tokens):
+        while active:
             # Those that have ended leave the batch.
             chosen = self._next_tokens([prompts[i] for i in active], [given[i] for i in active])
             for i, token in zip(active, chosen, strict=True):
                 given[i].append(token)
-            active = [i for i in active if given[i][-1] not in ends]
-            if not active:
-                break
+            active = [i for i in active if given[i][-1] not in ends and len(given[i]) < rooms[i]]
         return [self.tokenizer.decode([t for t in ids if t not in ends]) for ids in given]
 
     def _next_tokens(self, prompts: list[_Prompt], given: list[list[int]]) -> list[int]:
@@ -218,6 +243,21 @@ class Answerer:
         logits, _ = decoder.output_layer(last, weight=weight)
         # Rows of the embedding beyond the tokenizer's are padding: never an answer.
         return logits[:, 0, : self.tokenizer.vocab_size].argmax(dim=-1).tolist()
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """The same model in one process, in a precision that answers want."""
+    training = config.training
+    if training.precision.startswith("fp8"):
+        # Its weights are kept in bf16, and so few tokens at a time gain nothing from fp8.
+        training = training.model_copy(update={"precision": "bf16"})
+    return config.model_copy(
+        update={
+            "parallel": ParallelConfig(),
+            "recompute": RecomputeConfig(),
+            "training": training,
+        }
+    )
 
 
 def _expand(

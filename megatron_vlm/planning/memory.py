@@ -147,8 +147,17 @@ def trained_parameters(config: RunConfig, held: Parameters) -> Parameters:
 
 
 def share_of(config: RunConfig, layout: Layout, assumptions: Assumptions) -> Share:
-    """One rank's part of a micro-batch of the decoder."""
+    """One rank's part of a micro-batch of the decoder.
+
+    Raises:
+        ConfigError: a sample is assumed to be longer than a row.
+    """
     length = config.training.seq_length
+    if not 1 <= (assumptions.sample_tokens or length) <= length:
+        raise ConfigError(
+            f"--sample-tokens {assumptions.sample_tokens}: a packed row has training.seq_length "
+            f"{length} tokens, and a sample lies in one row; expected 1 to {length}"
+        )
     return Share(
         tokens=config.training.micro_batch_size * length / layout.cp,
         element=element_bytes(config.training.precision),

@@ -22,11 +22,15 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from megatron_vlm.errors import ConfigError
+
 FAILED = 1
 USER_ERROR = 2
-"""What a rank exits with on a `UserError`; rank 0 has told the person why."""
+"""What a rank exits with on a `UserError`, having told the person why."""
 INTERRUPTED = 130
-_TERMINATED = 128 + signal.SIGTERM
+TERMINATED = 128 + signal.SIGTERM
+OWN_OUTPUT = "MVLM_OWN_OUTPUT"
+"""Set for ranks whose output goes to a file of their own, or is rank 0's: they may say all."""
 
 _PEER_SECONDS = 5.0
 _POLL_SECONDS = 0.02
@@ -68,10 +72,15 @@ class Rank:
             return None
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
-    def signal_group(self, number: int) -> None:
-        """Send a signal to the rank and to all that it has forked."""
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM to the rank alone: it needs its helpers, which write what it saves."""
+        # Never reaped before the run is over, so this number is still the rank's.
+        os.kill(self.process.pid, signal.SIGTERM)
+
+    def kill_group(self) -> None:
+        """Kill the rank and all that it has forked."""
         try:
-            os.killpg(self.process.pid, number)
+            os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             # Gone already, or nothing but zombies.
             pass
@@ -100,8 +109,8 @@ def run_local_ranks(command: Sequence[str], count: int, logs: Path) -> int:
         logs: folder for the output of ranks above 0: `rank_NNNNN.out`.
 
     Returns:
-        0 when every rank ended well, 2 when the first to fail met a user error, 130 after SIGINT,
-        143 when ranks were terminated before they could save, else 1.
+        0 when every rank ended well, 2 when any rank met a user error, 130 after SIGINT, 143 when
+        ranks were terminated before they could save, else 1.
     """
     logs.mkdir(parents=True, exist_ok=True)
     ranks: list[Rank] = []
@@ -117,6 +126,40 @@ def run_local_ranks(command: Sequence[str], count: int, logs: Path) -> int:
             _end(ranks)
 
 
+def local_processes(asked: int | None, on_cpu: int = 1) -> int:
+    """How many ranks to start here: as many as asked, else one for each GPU, else `on_cpu`.
+
+    Imports torch.
+
+    Raises:
+        ConfigError: less than one, or more than there are GPUs.
+    """
+    if asked is not None and asked < 1:
+        raise ConfigError(f"--nproc {asked}: expected a number of processes above 0")
+    import torch
+
+    if not torch.cuda.is_available():
+        return asked or on_cpu
+    devices = torch.cuda.device_count()
+    if asked is not None and asked > devices:
+        raise ConfigError(
+            f"--nproc {asked}: this machine has {devices} GPU{'s' * (devices > 1)} and each "
+            f"process needs its own; start at most {devices}, or hide the GPUs "
+            "(CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+    return asked or devices
+
+
+def train_command(recipe: str, overrides: Sequence[str], debug: bool = False) -> list[str]:
+    """What each rank of a run is: `mvlm train RECIPE key=value ...` in this interpreter."""
+    found_in = Path(__file__).resolve().parents[2]
+    # A file of the working directory, say rich.py, must not stand in for a package; but there
+    # the package itself may lie, not installed.
+    safe_path = [] if found_in == Path.cwd() else ["-P"]
+    words = ["train", recipe, *overrides, *(["--debug"] if debug else [])]
+    return [sys.executable, *safe_path, "-m", "megatron_vlm", *words]
+
+
 def rank_environments(count: int, base: Mapping[str, str]) -> list[dict[str, str]]:
     """The environment of each rank: `base` and its place in the run.
 
@@ -128,6 +171,7 @@ def rank_environments(count: int, base: Mapping[str, str]) -> list[dict[str, str
         # What a killed rank had said must be in its file.
         "PYTHONUNBUFFERED": "1",
         **base,
+        OWN_OUTPUT: "1",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
@@ -210,7 +254,7 @@ def _wait(ranks: Sequence[Rank], signals: _StopSignals) -> Rank | None:
         if signals.stop and not forwarded:
             forwarded = True
             for rank in ranks:
-                rank.signal_group(signal.SIGTERM)
+                rank.ask_to_stop()
         ended = {rank.number: rank.status() for rank in ranks}
         failed = [rank for rank in ranks if ended[rank.number] not in (None, 0)]
         if failed and first is None:
@@ -233,17 +277,25 @@ def _verdict(ranks: Sequence[Rank], first: Rank | None, signals: _StopSignals) -
     assert status is not None
     if status == -signal.SIGTERM and signals.stop:
         _say("stopped before the run could save: it had not reached its first step")
-        return INTERRUPTED if signals.interrupted else _TERMINATED
-    if status == USER_ERROR and ranks[0].status() == USER_ERROR:
-        # Rank 0 has said it, in one line.
+        return INTERRUPTED if signals.interrupted else TERMINATED
+    # Wrong input on one rank breaks the connections of the others, which may end before it does.
+    misled = [rank for rank in ranks if rank.status() == USER_ERROR]
+    if misled:
+        if misled[0].number > 0:
+            _tell(misled[0], "met wrong input")
+        # Else rank 0 has said it, in one line.
         return USER_ERROR
     how = f"was killed by {_signal_name(-status)}" if status < 0 else f"exited with {status}"
-    lines = first.last_lines()
-    where = f"; its last lines, from {first.output}:" if lines else ""
-    _say(f"rank {first.number} failed first: it {how}{where}")
+    _tell(first, f"failed first: it {how}")
+    return FAILED
+
+
+def _tell(rank: Rank, what: str) -> None:
+    lines = rank.last_lines()
+    where = f"; its last lines, from {rank.output}:" if lines else ""
+    _say(f"rank {rank.number} {what}{where}")
     for line in lines:
         print(f"  {line}", file=sys.stderr)
-    return USER_ERROR if status == USER_ERROR else FAILED
 
 
 def _signal_name(number: int) -> str:
@@ -259,7 +311,7 @@ def _say(text: str) -> None:
 
 def _end(ranks: Sequence[Rank]) -> None:
     for rank in ranks:
-        rank.signal_group(signal.SIGKILL)
+        rank.kill_group()
     for rank in ranks:
         rank.process.wait()
 

@@ -1,10 +1,8 @@
-"""`mvlm launch` and `mvlm train`: real processes, real signals, and nothing left behind."""
+"""`mvlm launch`: real processes, real signals, and nothing left behind."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -16,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vlm.cli import train
-from megatron_vlm.errors import CheckpointError, DataError, UserError
 from megatron_vlm.platform import local_launch
-from megatron_vlm.platform.local_launch import rank_environments, run_local_ranks
+from megatron_vlm.platform.local_launch import rank_environments, run_local_ranks, train_command
 from tests.training_case import RECIPE
 
 MARK = "MVLM_TEST_LAUNCH"
@@ -244,7 +240,17 @@ def test_a_user_error_that_rank_0_has_not_met_is_shown(
     ranks: Callable[[str, int], Launched],
 ) -> None:
     code, _, err = ranks("if rank == 1: print('mvlm: error: mine'); sys.exit(2)", 2).wait()
-    assert code == 2 and "rank 1 failed first: it exited with 2" in err and "mine" in err
+    assert code == 2 and "rank 1 met wrong input" in err and "mine" in err
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_user_error_counts_whoever_ends_first(
+    ranks: Callable[[str, int], Launched], late: int
+) -> None:
+    fails = "time.sleep(0.5 * (rank == {})); print(f'rank {{rank}} ends'); sys.exit(1 + rank)"
+    code, _, err = ranks(fails.format(late), 2).wait()
+    assert code == 2 and "rank 1 met wrong input" in err and "  rank 1 ends\n" in err
 
 
 @pytest.mark.distributed
@@ -252,6 +258,24 @@ def test_helpers_of_ranks_do_not_outlive_them(ranks: Callable[[str, int], Launch
     run = ranks("if os.fork() == 0: time.sleep(600)", 2)
     assert run.wait()[0] == 0
     assert run.alive() == []
+
+
+@pytest.mark.distributed
+def test_helpers_live_until_their_rank_has_saved(
+    ranks: Callable[[str, int], Launched],
+) -> None:
+    code = (
+        "readable, writable = os.pipe()\n"
+        "if os.fork() == 0: time.sleep(1); os.write(writable, b'written'); os._exit(0)\n"
+        "os.close(writable); seen = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: seen.append(1)); print('up', flush=True)\n"
+        "while not seen: time.sleep(0.01)\n"
+        "print(os.read(readable, 9).decode())"
+    )
+    run = ranks(code, 1)
+    assert run.process.stdout is not None and run.process.stdout.readline() == "up\n"
+    run.process.terminate()
+    assert run.wait()[:2] == (0, "written\n")
 
 
 @pytest.mark.distributed
@@ -334,61 +358,26 @@ def test_a_command_that_does_not_exist_leaves_nothing(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[UserError], argparse.Namespace]:
-    """Let `mvlm train` end in an error."""
-
-    def install(error: UserError) -> argparse.Namespace:
-        import megatron_vlm.training.loop as loop
-
-        def end(config: object) -> None:
-            raise error
-
-        monkeypatch.setattr(loop, "train", end)
-        return argparse.Namespace(recipe=str(RECIPE), overrides=[])
-
-    return install
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
-def test_only_rank_0_tells_what_all_ranks_meet(
-    failing: Callable[[UserError], argparse.Namespace],
-    monkeypatch: pytest.MonkeyPatch,
-    variable: str,
-) -> None:
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    args = failing(CheckpointError("damaged"))
-    monkeypatch.setenv(variable, "0")
-    with pytest.raises(CheckpointError, match="damaged"):
-        train.run(args)
-    monkeypatch.setenv(variable, "3")
-    assert train.run(args) == 2
-
-
-@pytest.mark.unit
-def test_a_rank_tells_what_it_alone_has_read(
-    failing: Callable[[UserError], argparse.Namespace],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setenv("RANK", "3")
-    args = failing(DataError("a truncated shard"))
-    logger = logging.getLogger("megatron_vlm")
-    monkeypatch.setattr(logger, "handlers", [])
-    assert train.run(args) == 2
-    handler = logging.FileHandler(tmp_path / "rank.log")
-    logger.addHandler(handler)
-    with pytest.raises(DataError, match="rank 3: a truncated shard"):
-        train.run(args)
-    handler.close()
-    assert "a truncated shard" in (tmp_path / "rank.log").read_text()
-
-
 @pytest.mark.unit
 def test_last_lines_of_a_long_file(tmp_path: Path) -> None:
     file = tmp_path / "rank_00001.out"
     file.write_text("x" * 200_000 + "\n" + "\n".join(map(str, range(100))) + "\n")
     rank = local_launch.Rank(1, None, file)  # type: ignore[arg-type]
     assert rank.last_lines() == [str(number) for number in range(80, 100)]
+
+
+@pytest.mark.unit
+def test_ranks_look_for_modules_where_the_package_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "rich.py").write_text("raise SystemExit('a stranger')")
+    (tmp_path / "megatron_vlm.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.chdir(tmp_path)
+    command = train_command("/nowhere.yaml", [])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "/nowhere.yaml" in done.stderr, done.stderr
+    # Not installed, it is found where it lies.
+    monkeypatch.chdir(Path(local_launch.__file__).parents[2])
+    assert train_command("r", ["a=1"], debug=True) == [
+        *(sys.executable, "-m", "megatron_vlm", "train", "r", "a=1", "--debug")
+    ]

@@ -151,6 +151,14 @@ def test_options_may_stand_between_recipe_and_overrides(
     assert seen[1].overrides == []
 
 
+def test_a_broken_pipe_that_is_not_stdout_is_told(
+    command: Callable[..., ModuleType], capfd: pytest.CaptureFixture[str]
+) -> None:
+    command(raising(BrokenPipeError(32, "Broken pipe")))
+    assert main(["train"]) == 1
+    assert "BrokenPipeError" in capfd.readouterr().err
+
+
 def test_wrong_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_of("trian") == 2
     assert "did you mean train?" in capsys.readouterr().err

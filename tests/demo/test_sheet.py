@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vlm.demo.sheet import (
-    Mark,
-    SheetRow,
-    digit_accuracy,
-    exact_match,
-    score,
-    write_sheet,
-)
+from megatron_vlm.demo.sheet import SheetRow, digit_accuracy, exact_match, write_sheet
 from megatron_vlm.errors import DataError
 
 pytestmark = pytest.mark.unit
@@ -24,22 +17,20 @@ GREEN, RED, MAGENTA = (21, 128, 61), (220, 38, 38), (255, 0, 255)
 
 
 @pytest.mark.parametrize(
-    ("expected", "given", "kind", "mark"),
+    ("expected", "given", "in_place", "exact"),
     [
-        ("4 2 7", "4 2 7", "digits_read_grid", Mark(3, 3, True)),
-        ("4 2 7", " 4 2 7\n", "digits_read_off_grid", Mark(3, 3, True)),
-        ("4 2 7", "4 7", "digits_read_grid", Mark(1, 3, False)),
-        ("4 2 7", "2 4 7", "digits_read_grid", Mark(1, 3, False)),
-        ("4 2 7", "427", "digits_read_grid", Mark(0, 3, False)),
-        ("4 2 7", "", "digits_read_grid", Mark(0, 3, False)),
-        ("4", "4 4", "digits_read_grid", Mark(1, 1, False)),
-        ("13", "13", "digits_sum_grid", Mark(1, 1, True)),
-        ("13", "1", "digits_sum_grid", Mark(0, 1, False)),
-        ("you may not", "you may now", "text_line", Mark(0, 1, False)),
+        ("4 2 7", "4 2 7", 1, 1),
+        ("4 2 7", " 4 2 7\n", 1, 1),
+        ("4 2 7", "4 7", 1 / 3, 0),
+        ("4 2 7", "2 4 7", 1 / 3, 0),
+        ("4 2 7", "427", 0, 0),
+        ("4 2 7", "", 0, 0),
+        ("4", "4 4", 1, 0),
     ],
 )
-def test_marks(expected: str, given: str, kind: str, mark: Mark) -> None:
-    assert score(expected, given, kind) == mark
+def test_marks(expected: str, given: str, in_place: float, exact: float) -> None:
+    assert digit_accuracy([(expected, given)]) == pytest.approx(in_place)
+    assert exact_match([(expected, given)]) == exact
 
 
 def test_accuracies_weigh_digits_and_answers() -> None:
