@@ -26,8 +26,8 @@ example:
 
 _USER_ERROR = 2
 # In the order in which the run itself asks its launcher.
-_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-_COUNT_VARIABLES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
+_COUNT_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE")
 # Set by platform/local_launch.py, whose import would import torch.
 _OWN_OUTPUT = "MVLM_OWN_OUTPUT"
 _TELLER_SECONDS = 3.0

@@ -4,7 +4,6 @@ from megatron_vlm.platform.cpu_engine import install, is_cpu
 from megatron_vlm.platform.distributed import (
     World,
     detect_world,
-    environment_rank,
     free_port,
     start_distributed,
     stop,
@@ -14,7 +13,6 @@ from megatron_vlm.platform.seed import seed_step
 __all__ = [
     "World",
     "detect_world",
-    "environment_rank",
     "free_port",
     "install",
     "is_cpu",

@@ -119,17 +119,6 @@ def _by_mpirun() -> bool:
     return env.get("PMI_SIZE", env.get("SLURM_NTASKS")) != env.get("SLURM_NTASKS")
 
 
-def environment_rank() -> int:
-    """This process's rank as its launcher's variables tell it, 0 where none do; asks nobody.
-
-    For what is said before the process has joined its group.
-    """
-    names = ["RANK", "OMPI_COMM_WORLD_RANK"]
-    names += ["PMI_RANK", "SLURM_PROCID"] if _by_mpirun() else ["SLURM_PROCID", "PMI_RANK"]
-    found = (os.environ.get(name, "") for name in names)
-    return next((int(text) for text in found if text.isdecimal()), 0)
-
-
 def _integer(name: str, default: int | None = None) -> int:
     text = os.environ.get(name)
     if text is None and default is not None:

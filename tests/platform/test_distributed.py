@@ -88,6 +88,27 @@ def test_slurm_outside_a_step(environment: pytest.MonkeyPatch) -> None:
     assert detect_world().launcher == "alone"
     _set(environment, SLURM_STEP_ID="0", SLURM_NTASKS="1")
     assert detect_world().launcher == "alone", "a step of one task"
+    _set(environment, PMI_SIZE="1", PMI_RANK="0", PMIX_RANK="0")
+    assert detect_world().launcher == "alone", "a step of one task, which srun tells by PMI too"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "9"},
+        {"PMI_SIZE": "16", "PMI_RANK": "9"},
+    ],
+)
+def test_mpirun_inside_a_slurm_job(
+    environment: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    """It starts one daemon a node by srun, and its ranks inherit the daemons' places."""
+    _set(environment, SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_STEP_ID="0", MASTER_ADDR="a")
+    _set(environment, **variables)
+    place = World(9, 16, 1, "mpirun", "a", 1)
+    environment.setattr("megatron_vlm.platform.distributed._from_mpi", lambda: place)
+    assert detect_world() == place
 
 
 @pytest.mark.unit
