@@ -6,6 +6,7 @@ ends all of them, and the first real error is raised in the test.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -64,7 +65,7 @@ def run_ranks(
             process.start()
             processes.append(process)
         try:
-            killed = _wait(processes, time.monotonic() + timeout, kill_after)
+            killed = _wait(processes, time.monotonic() + timeout, kill_after, Path(folder))
         finally:
             _end(processes)
         return [] if killed else _results(Path(folder), world_size)
@@ -72,6 +73,10 @@ def run_ranks(
 
 def _child(function: Callable[..., Any], world: World, args: tuple, folder: str) -> None:
     os.setpgid(0, 0)
+    stacks = open(Path(folder) / f"{world.rank}.stacks", "w")
+    stacks.write(f"--- rank {world.rank}\n")
+    stacks.flush()
+    faulthandler.register(signal.SIGUSR2, stacks)
     status = 0
     try:
         outcome: dict[str, Any] = {"result": function(world, *args)}
@@ -86,7 +91,9 @@ def _child(function: Callable[..., Any], world: World, args: tuple, folder: str)
     os._exit(status)
 
 
-def _wait(processes: list, deadline: float, kill_after: Callable[[], bool] | None) -> bool:
+def _wait(
+    processes: list, deadline: float, kill_after: Callable[[], bool] | None, folder: Path
+) -> bool:
     while any(process.is_alive() for process in processes):
         if kill_after is not None and kill_after():
             return True
@@ -94,9 +101,20 @@ def _wait(processes: list, deadline: float, kill_after: Callable[[], bool] | Non
             time.sleep(1.0)  # let the others write what they met
             return False
         if time.monotonic() > deadline:
-            raise RankFailed("ranks did not finish in time: one hangs")
+            raise RankFailed(
+                f"ranks did not finish in time; they stood at\n{_stacks(processes, folder)}"
+            )
         time.sleep(0.01)
     return False
+
+
+def _stacks(processes: list, folder: Path) -> str:
+    """Where every thread of every rank is."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR2)
+    time.sleep(1.0)
+    return "\n".join(file.read_text() for file in sorted(folder.glob("*.stacks")))
 
 
 def _end(processes: list) -> None:

@@ -38,7 +38,7 @@ def plan_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]
 def test_json_holds_every_stage_and_every_rank(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, "--nproc", "8", PP2, VPP2, TP2, EP2)
     assert found["layout"] == "TP2 PP2 VPP2 EP2 DP2 SP"
-    assert found["tokens_per_step"] == 8 * 128 and found["micro_batches"] == 4
+    assert found["tokens_per_step"] == 4 * 128 and found["micro_batches"] == 2
     assert [stage["layers"] for stage in found["stages"]] == [[0, 2], [1, 3]]
     assert [stage["chunks"] for stage in found["stages"]] == [["Et", "t"], ["t", "tL"]]
     for stage in found["stages"]:
@@ -162,7 +162,7 @@ def test_assumptions_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_torch(tmp_path: object) -> None:
     code = (
         "import sys; from megatron_vlm.cli.main import main\n"
-        f"code = main(['plan', {str(RECIPE)!r}, '--nproc', '8'])\n"
+        f"code = main(['plan', {str(RECIPE)!r}, '--nproc', '4'])\n"
         "sys.exit(code or {'torch', 'numpy', 'megatron'} & set(sys.modules) != set())"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

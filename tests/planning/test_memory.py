@@ -147,10 +147,10 @@ def test_pictures_grow_the_encoder_and_the_features_alone() -> None:
 
 @pytest.mark.unit
 def test_features_by_hand() -> None:
-    # Two replicas of 4 rows with 100 picture tokens each, hidden 64 in bf16: the rank encodes
-    # half of 800 tokens, and embeds 400 with their gradients.
+    # Two replicas of 2 rows with 100 picture tokens each, hidden 64 in bf16: the rank encodes
+    # half of 400 tokens, and embeds 200 with their gradients.
     memory = _plan(2, assumptions=Assumptions(picture_tokens=100))
-    assert memory.features == (400 + 2 * 400) * 64 * 2
+    assert memory.features == (200 + 2 * 200) * 64 * 2
 
 
 @pytest.mark.unit
