@@ -25,7 +25,7 @@ example:
   mvlm plan demo --nproc 6 parallel.pipeline_model_parallel_size=3
   mvlm plan demo model=dots-vlm-142b --nodes 8 --gpus-per-node 8 \
       parallel.pipeline_model_parallel_size=2 parallel.expert_model_parallel_size=32 \
-      training.global_batch_size=64 training.precision=bf16
+      training.micro_batch_size=2 training.global_batch_size=64 training.precision=bf16
 """
 
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20}

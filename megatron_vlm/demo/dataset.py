@@ -61,10 +61,10 @@ def _sum_grid(material: Material, rng: np.random.Generator) -> pictures.Drawn:
 # minutes go there. The rest shows that the same model takes pictures of any size and any
 # question, and keeps each kind just frequent enough to move.
 KINDS = (
-    Kind("digits_read_grid", 0.70, READ_QUESTION, _read_grid),
+    Kind("digits_read_grid", 0.74, READ_QUESTION, _read_grid),
     Kind("digits_count_grid", 0.04, COUNT_QUESTION, _count_grid),
     Kind("digits_sum_grid", 0.04, SUM_QUESTION, _sum_grid),
-    Kind("digits_read_off_grid", 0.08, READ_QUESTION, pictures.digits_off_grid),
+    Kind("digits_read_off_grid", 0.04, READ_QUESTION, pictures.digits_off_grid),
     Kind("photograph", 0.07, PHOTOGRAPH_QUESTION, pictures.photograph),
     Kind("text_line", 0.07, TEXT_QUESTION, pictures.text_line),
 )

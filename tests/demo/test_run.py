@@ -72,7 +72,7 @@ class Stand:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.built: list[int] = []
         self.before, self.after = "0", "4"
-        self.code, self.reached = 0, 660
+        self.code, self.reached = 0, 380
         monkeypatch.setattr(demo, "_build_data", self._build)
         monkeypatch.setattr(demo, "_check_data", lambda config: None)
         monkeypatch.setattr(demo, "_answers", self._answers)
@@ -102,13 +102,13 @@ def test_a_run_that_was_stopped_is_not_shown_as_finished(
 ) -> None:
     stand = Stand(monkeypatch)
     # As after SIGTERM: every rank has saved and ended well.
-    stand.reached = 659
+    stand.reached = 379
     assert run_demo(tmp_path / "run", 1, [], 50) == TERMINATED
     out = capsys.readouterr().out
-    assert "stopped at iteration 659 of 660" in out and "4/4" not in out
+    assert "stopped at iteration 379 of 380" in out and "4/4" not in out
     assert not (tmp_path / "run" / RESULT).exists()
     # It goes on with the data it has.
-    stand.reached = 660
+    stand.reached = 380
     assert run_demo(tmp_path / "run", 1, [], None) == 0
     result = json.loads((tmp_path / "run" / RESULT).read_text())
     assert stand.built == [50]
@@ -159,7 +159,7 @@ def test_names_in_brackets_are_printed(
     assert run_demo(tmp_path / "a [b] c", 3, [], 50) == 0
     out = capsys.readouterr().out
     assert f"--checkpoint '{tmp_path}/a [b] c' --image" in out
-    assert "--nproc 3 parallel.expert_model_parallel_size=1 training.micro_batch_size=1" in out
+    assert "--nproc 3 parallel.expert_model_parallel_size=1 training.micro_batch_size=2" in out
 
 
 @pytest.mark.distributed

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.mark.parametrize(
     ("nproc", "experts", "batch"),
-    [(1, 1, 4), (2, 2, 4), (3, 1, 6), (4, 2, 4), (5, 1, 5), (6, 2, 6), (7, 1, 7), (8, 2, 8)],
+    [(1, 1, 8), (2, 2, 8), (3, 1, 12), (4, 2, 8), (5, 1, 10), (6, 2, 12), (7, 1, 14), (8, 2, 8)],
 )
 def test_any_number_of_processes_has_a_layout(nproc: int, experts: int, batch: int) -> None:
     config = demo_config(Path("run"), nproc, [])
@@ -36,7 +36,7 @@ def test_overrides_win_and_the_rest_is_fitted_to_them() -> None:
         Path("run"), 4, ["parallel.expert_model_parallel_size=4", "training.global_batch_size=16"]
     )
     assert config.parallel.expert_model_parallel_size == 4
-    assert (config.training.micro_batch_size, config.training.global_batch_size) == (2, 16)
+    assert (config.training.micro_batch_size, config.training.global_batch_size) == (4, 16)
     dense = "model.language.num_moe_experts="
     assert demo_config(Path("run"), 2, [dense]).parallel.expert_model_parallel_size == 1
 

@@ -49,7 +49,7 @@ TIED = "model.language.share_embeddings_and_output_weights=true"
 # DP, overlap and micro-batch size 2 that can run together meet in at least one of them.
 LAYOUTS: dict[str, Layout] = {
     "tp2_dense": _layout(2, DENSE, tp=2, quick=True),
-    "tp2_sp": _layout(2, tp=2, fp32=True),
+    "tp2_sp": _layout(2, tp=2),
     "pp2": _layout(2, pp=2),
     "pp2_vpp2": _layout(2, pp=2, vpp=2),
     "pp4": _layout(4, pp=4),

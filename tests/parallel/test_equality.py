@@ -168,7 +168,9 @@ def test_text_only_model(text_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["dp2", "pp2_vpp2_ep2_overlap"])
+@pytest.mark.parametrize(
+    "name", ["dp2", pytest.param("pp2_vpp2_ep2_overlap", marks=pytest.mark.slow)]
+)
 def test_bf16_trains(name: str, references: References) -> None:
     """bf16 with fp32 main weights stays near fp32 and is the same under both optimizers."""
     layout = LAYOUTS[name]

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.training_case import recipe, train_case
 
 # In float64 the layouts differ by 1e-14, so no near tie between two tokens is broken differently.
-WORDS = ("training.precision=fp64", "training.train_iters=15")
+WORDS = ("training.precision=fp64", "training.train_iters=6")
 
 
 def _picture(height: int, width: int) -> bytes:

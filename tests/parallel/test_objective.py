@@ -91,7 +91,7 @@ register_objective("preference", Preference)
 
 
 def _train(data: Path, run_dir: Path, world_size: int, *words: str) -> Any:
-    base = ("training.objective=preference", "training.train_iters=6", "training.eval_interval=3")
+    base = ("training.objective=preference", "training.train_iters=4", "training.eval_interval=2")
     return train_case(recipe(data, run_dir, *base, *words), world_size)
 
 
