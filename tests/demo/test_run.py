@@ -72,7 +72,7 @@ class Stand:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.built: list[int] = []
         self.before, self.after = "0", "4"
-        self.code, self.reached = 0, 380
+        self.code, self.reached = 0, 300
         monkeypatch.setattr(demo, "_build_data", self._build)
         monkeypatch.setattr(demo, "_check_data", lambda config: None)
         monkeypatch.setattr(demo, "_answers", self._answers)
@@ -102,13 +102,13 @@ def test_a_run_that_was_stopped_is_not_shown_as_finished(
 ) -> None:
     stand = Stand(monkeypatch)
     # As after SIGTERM: every rank has saved and ended well.
-    stand.reached = 379
+    stand.reached = 299
     assert run_demo(tmp_path / "run", 1, [], 50) == TERMINATED
     out = capsys.readouterr().out
-    assert "stopped at iteration 379 of 380" in out and "4/4" not in out
+    assert "stopped at iteration 299 of 300" in out and "4/4" not in out
     assert not (tmp_path / "run" / RESULT).exists()
     # It goes on with the data it has.
-    stand.reached = 380
+    stand.reached = 300
     assert run_demo(tmp_path / "run", 1, [], None) == 0
     result = json.loads((tmp_path / "run" / RESULT).read_text())
     assert stand.built == [50]
