@@ -7,6 +7,7 @@ ends all of them, and the first real error is raised in the test.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -52,7 +53,13 @@ def run_ranks(
     """
     # Once, before a fork: else every rank imports it anew. Not at the top: it is no part of
     # collecting tests.
-    import megatron_vlm.training.loop  # noqa: F401
+    if "megatron_vlm.training.loop" not in sys.modules:
+        import megatron_vlm.training.loop  # noqa: F401
+
+        # A collection writes to every object it looks at, so that each rank would get its own
+        # copy of all that was imported.
+        gc.collect()
+        gc.freeze()
 
     context, port = multiprocessing.get_context("fork"), free_port()
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
