@@ -133,11 +133,13 @@ def _gather(
 def _portions(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Parts of a list that hold about `_PORTION` elements each."""
     part: list[torch.Tensor] = []
+    elements = 0
     for parameter in parameters:
         part.append(parameter)
-        if sum(entry.numel() for entry in part) >= _PORTION:
+        elements += parameter.numel()
+        if elements >= _PORTION:
             yield part
-            part = []
+            part, elements = [], 0
     if part:
         yield part
 

@@ -137,9 +137,11 @@ class TrainStep:
         assert self._data is not None
         kept = [batch.features for batch in micro_batches]
         self._encode(self._data, micro_batches, model.encoder, grad=False)
-        yield
-        for batch, features in zip(micro_batches, kept, strict=True):
-            batch.features = features
+        try:
+            yield
+        finally:
+            for batch, features in zip(micro_batches, kept, strict=True):
+                batch.features = features
 
     def _set_mode(self, training: bool) -> None:
         for module in (*self.chunks, *([self.encoder] if self.encoder is not None else [])):

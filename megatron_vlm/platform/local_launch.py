@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.platform.distributed import free_port
 
 FAILED = 1
 USER_ERROR = 2
@@ -178,13 +178,6 @@ def rank_environments(count: int, base: Mapping[str, str]) -> list[dict[str, str
         "MASTER_PORT": str(free_port()),
     }
     return [{**common, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
-
-
-def free_port() -> int:
-    """A port on loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _start(command: Sequence[str], number: int, environment: dict[str, str], logs: Path) -> Rank:

@@ -111,7 +111,6 @@ class Run:
             reference=self._reference(self.objective),
         )
         precision = config.training.precision
-        self._on_cpu = topology.device.type == "cpu"
         self._peak = peak_tflops(
             topology.device, parameter_dtype(precision), fp8=precision.startswith("fp8")
         )
@@ -145,7 +144,8 @@ class Run:
                         if progress.iteration % config.training.log_interval == 0:
                             world = self.topology.layout.world_size
                             logger.info(log_line(metrics, total, world))
-                    if self._on_cpu and progress.iteration % _RELEASE_INTERVAL == 0:
+                    on_cpu = self.topology.device.type == "cpu"
+                    if on_cpu and progress.iteration % _RELEASE_INTERVAL == 0:
                         release_unused()
                     bar.advance(metrics["step_time_s"])
                     if on_step is not None:
