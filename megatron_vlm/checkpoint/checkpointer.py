@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_vlm
 from megatron_vlm.checkpoint import folder
+from megatron_vlm.checkpoint.lock import RunLock
 from megatron_vlm.checkpoint.optimizer_state import (
     load_main_parameters,
     load_optimizer_tensors,
@@ -26,6 +27,7 @@ from megatron_vlm.checkpoint.optimizer_state import (
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
 from megatron_vlm.checkpoint.writer import CheckpointWriter, first_cause
 from megatron_vlm.config import RunConfig, dump_yaml, with_absolute_paths
+from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.engine.trainable import Trainable
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -107,7 +109,24 @@ class Checkpointer:
         self._writer.close()
 
 
-def find_start(config: RunConfig, stream: dict[str, Any]) -> tuple[Path | None, bool]:
+def hold_run_dir(config: RunConfig) -> RunLock | None:
+    """Keep other runs out of `run_dir`; collective, rank 0 holds it.
+
+    Raises:
+        CheckpointError: on every rank, when another run is in it.
+    """
+    found: list[RunLock] = []
+
+    def take() -> None:
+        found.append(RunLock(Path(config.run_dir)))
+
+    _agree(take if dist.get_rank() == 0 else lambda: None)
+    return found[0] if found else None
+
+
+def find_start(
+    config: RunConfig, stream: dict[str, Any], tokenizer_json: str
+) -> tuple[Path | None, bool]:
     """Where a run starts from: (checkpoint or nothing, with its optimizer and counters?).
 
     Rank 0 looks, so that ranks never differ about what a shared file system shows them; it also
@@ -115,7 +134,8 @@ def find_start(config: RunConfig, stream: dict[str, Any]) -> tuple[Path | None, 
 
     Raises:
         CheckpointError: on every rank, when the rows would not be those that the saved run
-            counted, or `checkpoint.load` names a run that has nothing left to do.
+            counted, token ids would mean other text, `checkpoint.load` names a run that has
+            nothing left to do, or `run_dir` should hold a checkpoint and does not.
     """
     found: list[Any] = [None, True]
 
@@ -126,6 +146,15 @@ def find_start(config: RunConfig, stream: dict[str, Any]) -> tuple[Path | None, 
             found[0] = folder.find_checkpoint(root)
         elif settings.load is not None:
             found[:] = folder.find_checkpoint(Path(settings.load)), settings.load_optimizer
+        note = root / folder.LATEST
+        if note.exists() and not folder.list_iterations(root):
+            raise CheckpointError(
+                f"{note} names iteration {note.read_text().strip()}, but no whole checkpoint is "
+                f"beside it (a folder iter_... with {folder.MANIFEST}); restore it, or remove that "
+                "file to start anew"
+            )
+        if found[0] is not None and settings.same_tokenizer:
+            _check_tokenizer(found[0], tokenizer_json)
         if found[0] is not None and found[1]:
             state = folder.read_state(found[0])
             _check_stream(found[0], state["data"], stream)
@@ -140,6 +169,20 @@ def find_start(config: RunConfig, stream: dict[str, Any]) -> tuple[Path | None, 
     _agree(look if dist.get_rank() == 0 else lambda: None)
     dist.broadcast_object_list(found, src=0)
     return found[0], found[1]
+
+
+def _check_tokenizer(path: Path, tokenizer_json: str) -> None:
+    saved = (path / folder.TOKENIZER).read_text()
+    if saved == tokenizer_json:
+        return
+    # As the data set writes it: with the special tokens, which imported ones may lack.
+    name = str(path / folder.TOKENIZER)
+    if Tokenizer.from_json(saved, name).to_json() != Tokenizer.from_json(tokenizer_json).to_json():
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer than data.train: its token ids mean other "
+            f"text; build the data set with --tokenizer {name}, or set "
+            "checkpoint.same_tokenizer=false if that is meant"
+        )
 
 
 def _check_stream(path: Path, saved: dict[str, Any], stream: dict[str, Any]) -> None:
@@ -198,10 +241,13 @@ def _checked(path: Path, config: RunConfig, optimizer: bool) -> tuple[Path, dict
     def verify() -> None:
         checkpoint = folder.find_checkpoint(path)
         rank, size = dist.get_rank(), dist.get_world_size()
-        verify_files(checkpoint, rank, size, config.checkpoint.verify_on_load)
-        if rank == 0:
-            verify_index(checkpoint)
-        state = folder.read_state(checkpoint)
+        try:
+            verify_files(checkpoint, rank, size, config.checkpoint.verify_on_load)
+            if rank == 0:
+                verify_index(checkpoint)
+            state = folder.read_state(checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_others(checkpoint)}") from error
         _check_model(checkpoint, state, config)
         if optimizer:
             _check_optimizer(checkpoint, state, config)
@@ -209,6 +255,20 @@ def _checked(path: Path, config: RunConfig, optimizer: bool) -> tuple[Path, dict
 
     _agree(verify)
     return found[0], found[1]
+
+
+def _others(checkpoint: Path) -> str:
+    """How to go back to another checkpoint, if the run has one."""
+    root = checkpoint.parent
+    others = [
+        n for n in folder.list_iterations(root) if root / folder.checkpoint_name(n) != checkpoint
+    ]
+    if not others:
+        return ""
+    return (
+        f" (also here: iteration {', '.join(map(str, others))}; to go back to one, write its "
+        f"number into {root / folder.LATEST})"
+    )
 
 
 def _agree(check: Callable[[], None]) -> None:

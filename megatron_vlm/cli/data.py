@@ -99,6 +99,8 @@ def _build(args: argparse.Namespace) -> int:
         _tell(f"{len(summary.rejected):,} samples rejected; see {summary.folder / REJECTED_FILE}")
         for rejection in summary.rejected[:_SHOWN_REASONS]:
             _tell(f"  sample {rejection.index}{_id(rejection.id)}: {rejection.reason}")
+        if len(summary.rejected) > _SHOWN_REASONS:
+            _tell(f"  and {len(summary.rejected) - _SHOWN_REASONS:,} more")
     return 0
 
 

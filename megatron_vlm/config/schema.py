@@ -341,6 +341,8 @@ class CheckpointConfig(_Section):
     """A checkpoint or run folder to start from when run_dir holds none."""
     load_optimizer: bool = True
     """With `load`: take the optimizer state and the data position too, else weights alone."""
+    same_tokenizer: bool = True
+    """Refuse to go on from weights that were trained with another tokenizer than data.train's."""
 
 
 class RunConfig(_Section):

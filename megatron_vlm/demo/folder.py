@@ -15,7 +15,8 @@ RESULT = "result.json"
 _MARKER = "demo.json"
 _FORMAT = "megatron-vlm demo run 1"
 _FOLDERS = ("checkpoints", "tensorboard", "logs")
-_FILES = ("metrics.jsonl", "config.yaml", "answers.png", RESULT)
+ANSWERS = "answers.json"
+_FILES = ("metrics.jsonl", "config.yaml", "answers.png", ANSWERS, ".in-use", RESULT)
 
 
 @dataclass

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.index import open_dataset
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.demo.dataset import build
-from megatron_vlm.demo.folder import RESULT, DemoFolder, claim
+from megatron_vlm.demo.folder import ANSWERS, RESULT, DemoFolder, claim
 from megatron_vlm.demo.settings import demo_config, fitting_overrides, processes_on_cpu
 from megatron_vlm.demo.sheet import SheetRow, digit_accuracy, exact_match, write_sheet
 from megatron_vlm.demo.tokens import train_tokenizer
@@ -48,6 +49,7 @@ from megatron_vlm.platform.local_launch import (
 _TRAIN_SAMPLES, _HELD_OUT_SAMPLES = 8000, 300
 _LONGEST_ANSWER = 32
 _READING = "digits_read"
+_READING_GRID = "digits_read_grid"
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,19 @@ def run_demo(
     after = _answers(config, data, held_out, checkpoint=run_dir)
     _report(console, after)
     _write_sheet(run_dir / "answers.png", after)
+    write_atomically(run_dir / ANSWERS, json.dumps(_listed(after, run_dir), indent=1) + "\n")
     result = _result(before, after, _training_seconds(run_dir))
     write_atomically(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
     fitting = fitting_overrides(count, overrides)
-    _farewell(console, run_dir, result, time.perf_counter() - started, count, fitting)
+    example = next((answer.picture for answer in after if answer.kind == _READING_GRID), None)
+    seconds = time.perf_counter() - started
+    _farewell(console, run_dir, result, seconds, count, fitting, example)
     if result["digit_accuracy_after"] > result["digit_accuracy_before"]:
         return 0
     print(
-        f"mvlm demo: the model learned nothing: digit accuracy "
-        f"{result['digit_accuracy_after']:.1%} after training; look at {run_dir / 'logs'} and run "
-        "`mvlm doctor`",
+        f"mvlm demo: the model learned nothing in {config.training.train_iters} steps: digit "
+        f"accuracy {result['digit_accuracy_after']:.1%} after training; if those are the recipe's "
+        f"own number, look at {run_dir / 'logs'} and run `mvlm doctor`",
         file=sys.stderr,
     )
     return FAILED
@@ -245,13 +250,32 @@ def _report(console: Console, answers: Sequence[Answered]) -> None:
     )
 
 
-def _result(before: list[Answered], after: list[Answered], seconds: float) -> dict[str, float]:
+def _listed(answers: Sequence[Answered], run_dir: Path) -> list[dict[str, str]]:
+    """Every held-out answer; pictures as paths below the run folder."""
+    return [
+        {**asdict(answer), "picture": str(answer.picture.relative_to(run_dir))}
+        for answer in answers
+    ]
+
+
+def _by_kind(answers: Sequence[Answered]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for kind in sorted({answer.kind for answer in answers}):
+        members = [answer for answer in answers if answer.kind == kind]
+        found[kind] = {"questions": len(members), "exact_match": exact_match(_pairs(members))}
+        if kind.startswith(_READING):
+            found[kind]["digit_accuracy"] = digit_accuracy(_pairs(members))
+    return found
+
+
+def _result(before: list[Answered], after: list[Answered], seconds: float) -> dict[str, Any]:
     return {
         "digit_accuracy_before": digit_accuracy(_pairs(before, _READING)),
         "digit_accuracy_after": digit_accuracy(_pairs(after, _READING)),
         "exact_match_before": exact_match(_pairs(before)),
         "exact_match_after": exact_match(_pairs(after)),
         "train_seconds": round(seconds, 1),
+        "after_by_kind": _by_kind(after),
     }
 
 
@@ -284,13 +308,16 @@ def _title(console: Console, text: str) -> None:
 def _farewell(
     console: Console,
     run_dir: Path,
-    result: dict[str, float],
+    result: dict[str, Any],
     seconds: float,
     count: int,
     fitting: Sequence[str],
+    example: Path | None,
 ) -> None:
     _title(console, "Done")
     fitted = "".join(f" {word}" for word in fitting)
+    picture = "PICTURE" if example is None else shlex.quote(str(example))
+    mvlm, tensorboard = (shlex.quote(_command(name)) for name in ("mvlm", "tensorboard"))
     console.print(
         f"Digits of held-out pictures read right, in place: "
         f"{result['digit_accuracy_before']:.1%} before, {result['digit_accuracy_after']:.1%} after "
@@ -298,13 +325,28 @@ def _farewell(
         f"{result['exact_match_before']:.1%} before, {result['exact_match_after']:.1%} after. "
         f"This call took {seconds:.0f} s.\n"
         f"  answers     {run_dir / 'answers.png'}\n"
-        f"  numbers     {run_dir / RESULT}, {run_dir / 'metrics.jsonl'}\n"
-        f"  curves      tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}\n"
+        f"  numbers     {run_dir / RESULT}, {run_dir / ANSWERS}, {run_dir / 'metrics.jsonl'}\n"
+        f"  curves      {tensorboard} --logdir {shlex.quote(str(run_dir / 'tensorboard'))}\n"
         f"  checkpoint  {run_dir / 'checkpoints'}\n"
         "Next:\n"
-        f"  mvlm generate --checkpoint {shlex.quote(str(run_dir))} --image PICTURE "
+        f"  {mvlm} generate --checkpoint {shlex.quote(str(run_dir))} --image {picture} "
         '--prompt "Which digits, left to right?"\n'
-        "  mvlm data build YOUR.json datasets/yours     your own pictures and questions\n"
-        f"  mvlm launch demo --nproc {count}{fitted} data.train=datasets/yours run_dir=runs/yours",
+        "Your own pictures and questions, from this model (its tokenizer and its weights):\n"
+        f"  {mvlm} data build YOUR.json datasets/yours --tokenizer "
+        f"{shlex.quote(str(run_dir / 'data' / 'tokenizer.json'))}\n"
+        f"  {mvlm} launch demo --nproc {count}{fitted} data.train=datasets/yours "
+        f"run_dir=runs/yours checkpoint.load={shlex.quote(str(run_dir))} "
+        "checkpoint.load_optimizer=false",
         soft_wrap=True,
     )
+
+
+def _command(name: str) -> str:
+    """How to call a command of this installation from here, whether or not it is on the path."""
+    if shutil.which(name):
+        return name
+    beside = Path(sys.executable).with_name(name)
+    try:
+        return str(beside.relative_to(Path.cwd()))
+    except ValueError:
+        return str(beside)

@@ -332,5 +332,5 @@ class _StopSignals:
             self.kill = self.interrupted
             self.interrupted = True
             if not self.kill:
-                _say("saving and leaving; Ctrl-C again kills the run")
+                _say("asking the ranks to save and leave; Ctrl-C again kills the run")
         self.stop = True

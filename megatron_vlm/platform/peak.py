@@ -18,7 +18,9 @@ _DATA_SHEET = {
     "A100": 312.0,
     "A800": 312.0,
 }
-_SECONDS = 0.1
+_ROUNDS = 8
+_SECONDS = 0.02
+"""Of one round. The best counts: others may compete for the machine while a run starts."""
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> float:
@@ -38,13 +40,16 @@ def peak_tflops(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> 
     right = torch.ones_like(left)
     torch.mm(left, right)
     _finish(device)
-    count, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < _SECONDS:
-        for _ in range(together):
-            torch.mm(left, right)
-        _finish(device)
-        count += together
-    return 2.0 * size**3 * count / passed / 1e12
+    best = 0.0
+    for _ in range(_ROUNDS):
+        count, start = 0, time.perf_counter()
+        while (passed := time.perf_counter() - start) < _SECONDS:
+            for _ in range(together):
+                torch.mm(left, right)
+            _finish(device)
+            count += together
+        best = max(best, count / passed)
+    return 2.0 * size**3 * best / 1e12
 
 
 def _finish(device: torch.device) -> None:

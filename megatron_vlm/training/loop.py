@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from megatron_vlm.checkpoint.checkpointer import (
     Checkpointer,
     Progress,
     find_start,
+    hold_run_dir,
     load_model,
     load_run,
 )
@@ -50,7 +52,13 @@ from megatron_vlm.training.datasets import (
     open_training_set,
 )
 from megatron_vlm.training.held_out import validate
-from megatron_vlm.training.metrics import MetricsWriter, log_line, model_flops, vision_imbalance
+from megatron_vlm.training.metrics import (
+    MetricsWriter,
+    log_line,
+    model_flops,
+    validation_line,
+    vision_imbalance,
+)
 from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.signals import StopRequest
 
@@ -72,12 +80,16 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     failed = True
     try:
         topology = build_topology(layout, device)
-        progress = Run(config, topology, training_set, held_out).run()
+        run = Run(config, topology, training_set, held_out)
+        progress = run.run()
         failed = False
-        return progress
     finally:
         destroy_topology()
         stop(failed)
+    if run.interrupted:
+        # Saved and left in order; what started this process learns what it was.
+        raise KeyboardInterrupt
+    return progress
 
 
 class Run:
@@ -91,18 +103,21 @@ class Run:
         held_out: dict[str, OpenDataset],
     ) -> None:
         self.config, self.topology = config, topology
+        self.interrupted = False
+        """Whether Ctrl-C has ended the run."""
         self.data, self.held_out = training_set, held_out
         self.run_dir = Path(config.run_dir)
         self.is_main = topology.rank == 0
+        self._lock = hold_run_dir(config)
         open_logs(self.run_dir, topology.rank)
         seed_step(config.training.seed, 0)
         self.objective = build_objective(config.training.objective, topology)
         model = build_model(config, topology)
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
-        tokenizer = training_set.source.index.tokenizer_path.read_text()
+        self._tokenizer = training_set.source.index.tokenizer_path.read_text()
         self._stream = data_stream(config, training_set)
-        self.checkpointer = Checkpointer(config, tokenizer, self._stream)
+        self.checkpointer = Checkpointer(config, self._tokenizer, self._stream)
         self.progress = self._restore()
         self.step = TrainStep(
             config,
@@ -140,13 +155,17 @@ class Run:
                     asked = self._anyone(request.received is not None)
                     ends = progress.iteration == total
                     # Who sends a signal may kill soon after: what counts then is the save.
+                    validated: dict[str, float] = {}
                     if (ends or self._due(config.training.eval_interval)) and not asked:
-                        metrics |= self._validate()
+                        validated = self._validate()
+                        metrics |= validated
                     if writer is not None:
                         writer.write(metrics)
                         if progress.iteration % config.training.log_interval == 0:
                             world = self.topology.layout.world_size
                             logger.info(log_line(metrics, total, world))
+                        if validated:
+                            logger.info(validation_line(progress.iteration, validated))
                     on_cpu = self.topology.device.type == "cpu"
                     if on_cpu and progress.iteration % _RELEASE_INTERVAL == 0:
                         release_unused()
@@ -155,17 +174,36 @@ class Run:
                         on_step(metrics)
                     self.checkpointer.poll()
                     if self._due(config.checkpoint.save_interval):
-                        self.checkpointer.save(self.trainable, progress)
+                        self._save()
                         saved_at = progress.iteration
             # Inside, since signals come more than once: a second one must not end the save.
             if saved_at != progress.iteration:
-                self.checkpointer.save(self.trainable, progress)
+                self._save()
             self.checkpointer.close()
         if writer is not None:
             writer.close()
-        if asked and progress.iteration < total and self.is_main:
-            logger.info("asked to stop: saved iteration %d and left", progress.iteration)
+        if self._lock is not None:
+            self._lock.release()
+        self.interrupted = request.received == signal.SIGINT
+        if self.is_main:
+            self._farewell(asked and progress.iteration < total)
         return progress
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self.checkpointer.save(self.trainable, self.progress)
+        if self.is_main:
+            how = "being saved" if self.config.checkpoint.async_save else "saved"
+            seconds = time.perf_counter() - started
+            logger.info("iteration %d %s (%.1f s)", self.progress.iteration, how, seconds)
+
+    def _farewell(self, stopped: bool) -> None:
+        iteration = self.progress.iteration
+        if stopped:
+            logger.info("asked to stop: saved iteration %d and left", iteration)
+        else:
+            place = self.run_dir / "checkpoints"
+            logger.info("done at iteration %d; checkpoints are in %s", iteration, place)
 
     def _one_step(self, loader: StepLoader) -> dict[str, Any]:
         config, progress = self.config, self.progress
@@ -285,7 +323,7 @@ class Run:
         )
 
     def _restore(self) -> Progress:
-        source, with_optimizer = find_start(self.config, self._stream)
+        source, with_optimizer = find_start(self.config, self._stream, self._tokenizer)
         if source is None:
             return Progress()
         progress = load_run(source, self.trainable, self.config, with_optimizer)
@@ -320,8 +358,13 @@ class Run:
         )
         for line in left_out(self.data, self.held_out):
             logger.warning("%s", line)
-        if self.progress.iteration:
-            logger.info("resumed at iteration %d", self.progress.iteration)
+        done, total = self.progress.iteration, self.config.training.train_iters
+        if done >= total:
+            logger.info(
+                "already at iteration %d of training.train_iters %d; raise it to go on", done, total
+            )
+        elif done:
+            logger.info("resumed at iteration %d", done)
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.iteration % interval == 0

@@ -104,6 +104,12 @@ def vision_imbalance(plan: StepPlan, config: RunConfig, world_size: int) -> floa
     return max(loads) * world_size / sum(loads)
 
 
+def validation_line(iteration: int, validated: dict[str, float]) -> str:
+    """One line of a validation's losses."""
+    losses = (f"{name.replace('_', ' ')}: {value:.6E}" for name, value in validated.items())
+    return " | ".join([f"validation after iteration {iteration}", *losses]) + " |"
+
+
 def log_line(metrics: dict[str, Any], train_iters: int, world_size: int) -> str:
     """The field's one line per step."""
     losses = {

@@ -1,12 +1,13 @@
-"""SIGTERM and SIGUSR1 ask for a save and a clean end, on all ranks after the same step."""
+"""SIGTERM, SIGUSR1 and Ctrl-C ask for a save and a clean end, on all ranks after the same step."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -26,4 +27,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.received == signal.SIGINT:
+                # Asked for the second time: at once.
+                raise KeyboardInterrupt
+            print("mvlm: saving and leaving; Ctrl-C again ends at once", file=sys.stderr)
         self.received = number

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.checkpoint.folder import find_checkpoint, list_iterations
+from megatron_vlm.checkpoint.folder import digest, find_checkpoint, list_iterations
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.platform import World, start_distributed, stop
@@ -192,6 +192,52 @@ def test_what_cannot_be_gone_on_with_is_refused(
     )
     with pytest.raises(RankFailed, match=message):
         train_case(config, 1, timeout=60)
+
+
+@pytest.mark.distributed
+def test_lost_checkpoint_is_not_overwritten(damaged: Path, nano_data: Path) -> None:
+    """The latest file says that there was one: to start anew would throw it away."""
+    shutil.rmtree(damaged / "checkpoints" / "iter_0000001")
+    (_newest(damaged) / "manifest.json").unlink()
+    with pytest.raises(RankFailed, match="names iteration 2, but no whole checkpoint is beside it"):
+        train_case(recipe(nano_data, damaged, FP32), 2, timeout=60)
+    assert list(_newest(damaged).glob("*.distcp"))
+
+
+@pytest.mark.distributed
+def test_damage_tells_the_way_back(damaged: Path, nano_data: Path) -> None:
+    (_newest(damaged) / "common.pt").unlink()
+    with pytest.raises(RankFailed, match="also here: iteration 1; to go back to one, write"):
+        train_case(recipe(nano_data, damaged, FP32), 1, timeout=60)
+
+
+def _rewrite(checkpoint: Path, name: str, text: str) -> None:
+    """Another content of a file, as if it had been saved so."""
+    (checkpoint / name).write_text(text)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    size = (checkpoint / name).stat().st_size
+    manifest["files"][name] = {"bytes": size, "sha256": digest(checkpoint / name)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.distributed
+def test_weights_of_another_tokenizer(damaged: Path, nano_data: Path, tmp_path: Path) -> None:
+    """Ids of the same number mean other text."""
+    text = (_newest(damaged) / "tokenizer.json").read_text()
+    changed = json.loads(text)
+    vocabulary = changed["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    _rewrite(_newest(damaged), "tokenizer.json", json.dumps(changed))
+    load = (f"checkpoint.load={damaged}", "checkpoint.load_optimizer=false")
+    words = (FP32, "training.train_iters=2", *load)
+    with pytest.raises(RankFailed, match="trained with another tokenizer"):
+        train_case(recipe(nano_data, tmp_path / "new", *words), 1, timeout=60)
+    meant = recipe(nano_data, tmp_path / "new", *words, "checkpoint.same_tokenizer=false")
+    assert train_case(meant, 1).losses
+    # Written in other words, it is the same.
+    _rewrite(_newest(damaged), "tokenizer.json", json.dumps(json.loads(text), indent=3))
+    assert train_case(recipe(nano_data, tmp_path / "same", *words), 1).losses
 
 
 @pytest.mark.distributed

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_vlm.checkpoint.folder import list_iterations
 from megatron_vlm.cli import train
 from megatron_vlm.errors import CheckpointError, DataError, UserError
 from megatron_vlm.platform import local_launch
@@ -116,3 +119,30 @@ def test_a_rank_writes_its_error_into_its_log(
         train.run(args)
     handler.close()
     assert "a truncated shard" in (tmp_path / "rank.log").read_text()
+
+
+@pytest.mark.distributed
+def test_ctrl_c_saves(nano_data: Path, tmp_path: Path) -> None:
+    """Alone in a terminal too: what was trained so far is kept, and the exit code tells how."""
+    words = [
+        f"data.train={nano_data / 'train'}",
+        f"run_dir={tmp_path / 'run'}",
+        "training.train_iters=100000",
+        "training.precision=fp32",
+    ]
+    command = [sys.executable, "-m", "megatron_vlm", "train", str(RECIPE), *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == [
+        "mvlm: saving and leaving; Ctrl-C again ends at once",
+        "mvlm: interrupted",
+    ]
+    (saved,) = list_iterations(tmp_path / "run" / "checkpoints")
+    assert len(metrics.read_text().splitlines()) == saved

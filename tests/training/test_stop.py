@@ -16,7 +16,7 @@ from megatron_vlm.training.signals import StopRequest
 from tests.training.driver import with_run
 from tests.training_case import recipe
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @pytest.mark.unit
@@ -30,6 +30,15 @@ def test_request_is_remembered(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert request.received == number
     assert [signal.getsignal(each) for each in SIGNALS] == earlier, "handlers are put back"
+
+
+@pytest.mark.unit
+def test_second_interrupt_ends_at_once() -> None:
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def _stopped(number: signal.Signals, rank: int, moment: str) -> Any:

@@ -1,0 +1,52 @@
+"""One run at a time in a run folder: two would overwrite each other's metrics and checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from megatron_vlm.errors import CheckpointError
+
+_NAME = ".in-use"
+
+
+class RunLock:
+    """Holds a run folder until it is released or the process ends, however that happens.
+
+    The kernel keeps it (a POSIX record lock), so nothing is left behind by a crash, and helper
+    processes that were forked do not hold it on. On file systems without such locks it is none.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """Take the folder.
+
+        Raises:
+            CheckpointError: another process has it.
+        """
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / _NAME
+        self._stream: IO[str] | None = open(path, "a+")
+        try:
+            fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._stream.seek(0)
+            holder = self._stream.read().strip() or "another process"
+            self.release()
+            raise CheckpointError(
+                f"run_dir {run_dir} is in use by {holder}; wait until that run ends, stop it, or "
+                "choose another run_dir"
+            ) from None
+        except OSError:
+            return
+        self._stream.truncate(0)
+        self._stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._stream.flush()
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
