@@ -63,6 +63,14 @@ class VisionLanguageModel:
             if "adapter" in parts:
                 self.encoder.adapter.requires_grad_(False)
 
+    def freeze_prediction(self) -> None:
+        """Stop gradients of what only multi-token prediction trains."""
+        for chunk in self.chunks:
+            if chunk.multi_token is not None:
+                chunk.multi_token.requires_grad_(False)
+                if not chunk.pre_process and chunk.copied_embedding is not None:
+                    chunk.copied_embedding.requires_grad_(False)
+
 
 def build_model(config: RunConfig, topology: Topology) -> VisionLanguageModel:
     """Build this rank's part on its device; weights are not filled yet."""

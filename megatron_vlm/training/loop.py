@@ -93,8 +93,10 @@ class Run:
         self.is_main = topology.rank == 0
         open_logs(self.run_dir, topology.rank)
         seed_step(config.training.seed, 0)
-        self.objective = build_objective(config.training.objective, topology)
+        self.objective = build_objective(config.training.objective, topology, config.model)
         model = build_model(config, topology)
+        if not self.objective.predicts_ahead:
+            model.freeze_prediction()
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
         tokenizer = training_set.source.index.tokenizer_path.read_text()

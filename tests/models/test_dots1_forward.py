@@ -109,7 +109,7 @@ def _our_step(world: World, language: LanguageConfig, rows: list) -> dict[str, A
     biases = {name: b for name, b in chunk.named_buffers() if name.endswith("expert_bias")}
     kept = {name: value.detach().clone() for name, value in (weights | biases).items()}
     trainable = make_trainable(model, config)
-    objective = build_objective("next_token", topology)
+    objective = build_objective("next_token", topology, config.model)
     step = TrainStep(config, topology, model, objective, chunks=list(trainable.chunks))
     result = step.train(text_step(rows, SEQ_LENGTH, pad_multiple=4))
     gradients = {name: value.main_grad.clone() for name, value in weights.items()}
