@@ -146,9 +146,8 @@ def _experts(language: LanguageConfig, share: Share) -> dict[str, float]:
     # The experts' input, gate and up, the weighted product, the weights.
     moe = rows * (hidden * b + 3 * width * b + wide)
     moe += _swiglu(language.moe_shared_expert_intermediate_size or 0, share)
-    # The activated gate and the unweighted product; on a CPU computed again from gate and up.
-    activation = rows * 2 * width * b if share.device == "cuda" else 0.0
-    return {"router": router, "moe": moe, "moe_act": activation}
+    # What lies between is computed again from gate and up.
+    return {"router": router, "moe": moe, "moe_act": 0.0}
 
 
 def head_bytes(language: LanguageConfig, share: Share) -> float:

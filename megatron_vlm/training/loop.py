@@ -69,12 +69,15 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     layout = resolve_layout(config, world.world_size)
     training_set, held_out = open_training_set(config), open_held_out_sets(config)
     device = start_distributed(world)
+    failed = True
     try:
         topology = build_topology(layout, device)
-        return Run(config, topology, training_set, held_out).run()
+        progress = Run(config, topology, training_set, held_out).run()
+        failed = False
+        return progress
     finally:
         destroy_topology()
-        stop()
+        stop(failed)
 
 
 class Run:

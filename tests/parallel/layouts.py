@@ -92,6 +92,10 @@ LAYOUTS: dict[str, Layout] = {
         4, tp=2, pp=2, vpp=2, ep=2, overlap=True, stages="Et|t|tt|L", mbs=2
     ),
     "dp2_pp2_mbs2_cp2": _layout(8, pp=2, cp=2, mbs=2),
+    # One expert a rank: the combined schedule hands it its input without a copy.
+    "ep4_overlap_one_expert": _layout(
+        4, "model.language.num_moe_experts=4", ep=4, overlap=True, quick=True
+    ),
     # One matrix for the first and the last stage, which holds its own copy of it.
     "tied_dp2_pp2": _layout(4, TIED, pp=2, quick=True),
     "tied_tp2_pp2_vpp2": _layout(4, TIED, tp=2, pp=2, vpp=2),

@@ -121,7 +121,14 @@ def _recompute_modules(config: RunConfig) -> list[str]:
     if "moe" in modules and precision in _FP8_RECIPES:
         raise ConfigError(
             f"recompute.language_modules holds moe, which training.precision {precision} does not "
-            "know (the layer would be recomputed with other scales); use moe_act, or bf16"
+            "know (the layer would be recomputed with other scales); remove it, or use bf16"
+        )
+    unknown = {"moe_act", "layernorm"} & set(modules)
+    if unknown and precision == "fp8_delayed":
+        raise ConfigError(
+            f"recompute.language_modules holds {min(unknown)}, which training.precision "
+            "fp8_delayed does not know (its scales come from earlier steps); remove it, or use "
+            "fp8_current or fp8_blockwise"
         )
     if config.model.language.num_moe_experts is None and "moe_act" in modules:
         # Nothing to recompute in a dense model, but the engine would refuse the word.
