@@ -75,7 +75,7 @@ class Seeing:
         image_grid_thw: Tensor | None = None,
         **kwargs,
     ):
-        """As the decoder's, and `pixel_values` with `image_grid_thw` of the pictures in `input_ids`."""
+        """As the decoder's, with `pixel_values` and `image_grid_thw` of the pictures."""
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("pixel_values come with input_ids, which say where pictures stand")
@@ -90,6 +90,12 @@ class Seeing:
                 )
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features)
             input_ids = None
+        elif input_ids is not None and not (past_key_values and past_key_values.get_seq_length()):
+            if bool((input_ids == self.config.image_token_id).any()):
+                raise ValueError(
+                    f"input_ids hold tokens {self.config.image_token_id} (image_token_id), but "
+                    "there are no pixel_values"
+                )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -85,10 +85,10 @@ class Attention(nn.Module):
         if self.qk_layernorm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        pictures = zip(*(part.transpose(0, 1).split(lengths, dim=1) for part in (q, k, v)))
+        q, k, v = (part.transpose(0, 1)[None].split(lengths, dim=2) for part in (q, k, v))
         attended = [
-            F.scaled_dot_product_attention(*(part[None] for part in picture), is_causal=self.is_causal)
-            for picture in pictures
+            F.scaled_dot_product_attention(*picture, is_causal=self.is_causal)
+            for picture in zip(q, k, v, strict=True)
         ]
         return self.proj(torch.cat(attended, dim=2)[0].transpose(0, 1).flatten(1))
 
@@ -202,7 +202,7 @@ def patch_places(grid_thw: Tensor, merge: int) -> Tensor:
 def rotary_embedding(
     places: Tensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [patches, 1, head_dim]: half of the frequencies for rows, half for columns."""
+    """Cosines and sines [patches, 1, head_dim]: half of the channels for rows, half for columns."""
     half = head_dim // 2
     frequencies = base ** -(torch.arange(0, half, 2, dtype=dtype, device=places.device) / half)
     angles = (places.to(dtype)[:, :, None] * frequencies).flatten(1)
