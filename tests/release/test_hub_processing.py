@@ -1,4 +1,4 @@
-"""What an exported folder makes of pictures and text: bit for bit what the trainer makes of them."""
+"""What an exported folder makes of pictures and text: bit for bit what the trainer does."""
 
 from __future__ import annotations
 
@@ -150,7 +150,9 @@ def test_ways_to_give_a_picture(both: tuple[Tokenizer, Any], tmp_path: Path) -> 
 
 
 def _content(text: str, pictures: list[bytes]) -> list[dict[str, Any]]:
-    return [{"type": "image", "image": file} for file in pictures] + [{"type": "text", "text": text}]
+    return [{"type": "image", "image": file} for file in pictures] + [
+        {"type": "text", "text": text}
+    ]
 
 
 def _expanded(ids: list[int], ours: Tokenizer, pictures: list[bytes]) -> list[int]:
