@@ -27,6 +27,9 @@ _OWN = {
     ),
     "qwen2": ("MegatronVlmQwen2Config", "MegatronVlmQwen2ForConditionalGeneration"),
 }
+# Fixed in the code released with dots.ocr, and in SGLang's and vLLM's.
+_RELEASED_ROTARY_BASE = 10000.0
+_RELEASED_MERGER_EPSILON = 1e-6
 _RELEASED = {
     "deepseek_v3": ("dots_vlm", "DotsVLMConfig", "DotsVLMForCausalLM"),
     "qwen2": ("dots_ocr", "DotsOCRConfig", "DotsOCRForCausalLM"),
@@ -132,18 +135,26 @@ def has_released_encoder(model: ModelConfig) -> bool:
         vision.gated_linear_unit
         and not vision.qk_layernorm
         and vision.in_channels == 3
-        and vision.rotary_base == 10000.0
+        and vision.rotary_base == _RELEASED_ROTARY_BASE
         and adapter.merge == "concatenate"
         and inner == merged
-        and adapter.layernorm_epsilon == 1e-6
+        and adapter.layernorm_epsilon == _RELEASED_MERGER_EPSILON
     )
 
 
 def _vision_config(model: ModelConfig) -> dict[str, Any]:
     vision, adapter = model.vision, model.adapter
     assert vision is not None
+    merged, inner = adapter.widths(vision)
+    own = {
+        "rotary_base": (vision.rotary_base, _RELEASED_ROTARY_BASE),
+        "gated_linear_unit": (vision.gated_linear_unit, True),
+        "qk_layernorm": (vision.qk_layernorm, False),
+        "merge": (adapter.merge, "concatenate"),
+        "merger_hidden_size": (inner, merged),
+        "merger_norm_eps": (adapter.layernorm_epsilon, _RELEASED_MERGER_EPSILON),
+    }
     return {
-        "model_type": "dots_vit",
         "embed_dim": vision.hidden_size,
         "hidden_size": model.language.hidden_size,
         "intermediate_size": vision.ffn_hidden_size,
@@ -159,13 +170,8 @@ def _vision_config(model: ModelConfig) -> dict[str, Any]:
         "post_norm": True,
         "initializer_range": vision.init_method_std,
         "init_merger_std": adapter.init_method_std,
-        # Not in the released configurations, whose encoders have these values.
-        "rotary_base": vision.rotary_base,
-        "gated_linear_unit": vision.gated_linear_unit,
-        "qk_layernorm": vision.qk_layernorm,
-        "merge": adapter.merge,
-        "merger_hidden_size": adapter.hidden_size,
-        "merger_norm_eps": adapter.layernorm_epsilon,
+        # Fields that the released configurations do not have are written where they matter.
+        **{name: value for name, (value, released) in own.items() if value != released},
     }
 
 

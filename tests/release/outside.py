@@ -120,6 +120,9 @@ def round_trip(*folders: str) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, module in model.named_modules():
+            if name.startswith("model.") and name.endswith("norm"):
+                assert module.variance_epsilon == config.rms_norm_eps, name
         image = config.image_token_id
         inputs = {
             "input_ids": torch.tensor([[1, 2, *[image] * 2, 3, *[image] * 4, 5]]),
@@ -131,7 +134,7 @@ def round_trip(*folders: str) -> None:
         model.save_pretrained(saved)
         # Checkpoints may also hold a layer of multi-token prediction.
         weights = load_file(saved / "model.safetensors")
-        if config.num_mtp_layers if hasattr(config, "num_mtp_layers") else False:
+        if getattr(config, "num_mtp_layers", 0):
             last = f"model.layers.{config.num_hidden_layers}."
             expert = "model.layers.1.mlp.experts."
             layer = [name for name in weights if name.startswith("model.layers.1.")]

@@ -135,7 +135,10 @@ def test_config() -> None:
         "initializer_range": 0.02,
         "init_merger_std": 0.02,
     }
-    assert expected.items() <= config["vision_config"].items()
+    assert config["vision_config"] == expected
+    options = {"vision": {"qk_layernorm": True}, "adapter": {"merge": "average", "hidden_size": 9}}
+    own = {"qk_layernorm": True, "merge": "average", "merger_hidden_size": 9}
+    assert _files(_model(**options))["config.json"]["vision_config"] == expected | own
 
 
 def test_pictures_and_tokens() -> None:

@@ -164,6 +164,14 @@ class DotsVLMForCausalLM(Seeing, DeepseekV3ForCausalLM):
 
     config_class = DotsVLMConfig
 
+    def __init__(self, config: DotsVLMConfig) -> None:
+        super().__init__(config)
+        # transformers fixes the epsilon of these two norms, at DeepSeek-V3's.
+        for layer in self.model.layers:
+            for norm in ("q_a_layernorm", "kv_a_layernorm"):
+                if hasattr(layer.self_attn, norm):
+                    getattr(layer.self_attn, norm).variance_epsilon = config.rms_norm_eps
+
 
 class DotsOCRConfig(Qwen2Config, VisionLanguageConfig):
     """Qwen2's fields and `vision_config`, as released with dots.ocr."""
