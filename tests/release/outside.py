@@ -1,6 +1,7 @@
 """Run by tests in a process of its own: uses exported folders where only transformers is.
 
     python outside.py answer FOLDER REQUEST RESULT
+    python outside.py example FOLDER SCRIPT
     python outside.py round_trip FOLDER...
 
 Importing megatron-core or this package fails here, as where they are not installed.
@@ -9,6 +10,7 @@ Importing megatron-core or this package fails here, as where they are not instal
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,11 @@ def answer(folder: str, request: str, result: str) -> None:
     torch.save(found, result)
 
 
+def example(folder: str, script: str) -> None:
+    """Run the documents' example, which prints an answer."""
+    runpy.run_path(script, init_globals={"folder": folder})
+
+
 def round_trip(*folders: str) -> None:
     """From random weights to files and back: the same weights, logits, and answers."""
     import torch
@@ -167,5 +174,5 @@ def round_trip(*folders: str) -> None:
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
-    {"answer": answer, "round_trip": round_trip}[sys.argv[1]](*sys.argv[2:])
+    {"answer": answer, "example": example, "round_trip": round_trip}[sys.argv[1]](*sys.argv[2:])
     assert "torchvision" not in sys.modules

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,8 @@ QUESTIONS: list[tuple[str, list[tuple[int, int]]]] = [
 ]
 
 
-def run_outside(folder: Path, *words: object) -> str:
-    """Run outside.py; returns what it wrote to stderr."""
+def run_outside(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run outside.py in `folder`."""
     environment = os.environ | {
         "HF_HOME": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
@@ -47,7 +48,7 @@ def run_outside(folder: Path, *words: object) -> str:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stderr
+    return done
 
 
 def _write_and_answer(
@@ -111,8 +112,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     (folder / "request.json").write_text(json.dumps(request))
     result = folder / "result.pt"
-    said = run_outside(folder, "answer", folder, folder / "request.json", result)
-    return {"ours": ours, "theirs": torch.load(result), "said": said}
+    said = run_outside(folder, "answer", folder, folder / "request.json", result).stderr
+    return {"ours": ours, "theirs": torch.load(result), "said": said, "folder": folder}
 
 
 def _close(mine: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
@@ -164,6 +165,17 @@ def test_places_and_pictures_that_differ_are_refused(answers: dict[str, Any]) ->
     more, none = answers["theirs"]["refusals"]
     assert "input_ids hold" in more and "but the pictures have" in more
     assert "there are no pixel_values" in none
+
+
+@pytest.mark.distributed
+def test_the_example_of_the_documents(answers: dict[str, Any]) -> None:
+    text = (OUTSIDE.parents[2] / "docs" / "transformers.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    folder = answers["folder"]
+    (folder / "door.png").write_bytes(encoded(picture(40, 60)))
+    (folder / "example.py").write_text(block)
+    done = run_outside(folder, "example", folder, "example.py")
+    assert done.stdout.strip()
 
 
 VISION = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "ffn_hidden_size": 64}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64decode
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from urllib.request import urlopen
@@ -187,6 +188,8 @@ class MegatronVlmProcessor(ProcessorMixin):
 
         In tokens, messages that spell a special token are the characters they are made of.
         """
-        if tokenize and not kwargs.get("return_assistant_tokens_mask"):
+        # Older releases of transformers 5 do not know it, and read them as special tokens.
+        known = "sanitize_control_tokens" in signature(super().apply_chat_template).parameters
+        if tokenize and known and not kwargs.get("return_assistant_tokens_mask"):
             kwargs.setdefault("sanitize_control_tokens", True)
         return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
