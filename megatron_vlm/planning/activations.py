@@ -220,8 +220,12 @@ def encoder_bytes(
     if vision is None or {"vision", "adapter"} <= set(frozen):
         return Saved(0.0)
     wide, hidden = max(_FLOAT32, element), vision.hidden_size
-    # The adapter: its input and normalised input, the first linear's output, GELU's output.
-    adapter = patches * (4 * hidden * element + 2 * wide)
+    merged, inner = model.adapter.widths(vision)
+    # The adapter: its input, the merged patches (side by side they are the normalised input), the
+    # first linear's output, GELU's output.
+    per_token = merged + 2 * inner
+    adapter = patches * (hidden * element + 2 * wide)
+    adapter += patches / vision.spatial_merge_size**2 * per_token * element
     if "vision" in frozen:
         return Saved(adapter)
     block = encoder_block_bytes(vision, patches, element, recompute, device)
@@ -241,16 +245,21 @@ def encoder_block_bytes(
     """One block of the trunk over `patches` patches, its input included."""
     hidden, inner, wide = vision.hidden_size, vision.ffn_hidden_size, max(_FLOAT32, element)
     entry = hidden * element * patches
+    gated = vision.gated_linear_unit
     # Both norms' outputs, the sum between; queries, keys and values; attention's output; then
-    # gate, up and their product.
-    fixed = 7.0 * hidden * element + 3 * inner * element + 2 * wide
+    # gate, up and their product, or GELU's input and output.
+    fixed = 7.0 * hidden * element + (3 if gated else 2) * inner * element + 2 * wide
     if device == "cpu":
         fixed += 2 * hidden * element
     fixed *= patches
     # Rotated queries and keys, the sums of exponentials.
     attention = patches * (2 * hidden * element + vision.num_attention_heads * wide)
+    if vision.qk_layernorm:
+        attention += patches * 2 * vision.num_attention_heads * wide
+        if device == "cpu":
+            attention += patches * 2 * hidden * element
     # The activated gate.
-    activation = patches * inner * element
+    activation = patches * inner * element if gated else 0.0
     if recompute.vision == "full":
         return Saved(entry, fixed + attention + activation)
     if recompute.vision == "selective":

@@ -153,10 +153,10 @@ def encoder_parameters(model: ModelConfig) -> Parameters:
     vision = model.vision
     if vision is None:
         return Parameters()
-    joined = vision.hidden_size * vision.spatial_merge_size**2
+    merged, inner = model.adapter.widths(vision)
     width = model.language.hidden_size
     norm = 2 * vision.hidden_size
-    adapter = norm + joined * joined + joined + joined * width + width
+    adapter = norm + merged * inner + inner + inner * width + width
     return Parameters(trunk=trunk_parameters(vision), adapter=adapter)
 
 
@@ -164,5 +164,8 @@ def trunk_parameters(vision: VisionConfig) -> int:
     """The NaViT alone."""
     hidden = vision.hidden_size
     patches = vision.in_channels * vision.patch_size**2 * hidden + hidden + hidden
-    block = 4 * hidden * hidden + 3 * hidden * vision.ffn_hidden_size + 2 * hidden
+    matrices = 3 if vision.gated_linear_unit else 2
+    block = 4 * hidden * hidden + matrices * hidden * vision.ffn_hidden_size + 2 * hidden
+    if vision.qk_layernorm:
+        block += 2 * hidden // vision.num_attention_heads
     return patches + vision.num_layers * block + hidden

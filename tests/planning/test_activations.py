@@ -133,7 +133,12 @@ def _encoder_saves(config: RunConfig, grid: torch.Tensor) -> int:
     return saved_bytes(lambda: encoder(pixels, grid), encoder.parameters())
 
 
+SEED = ("model.vision.gated_linear_unit=false", "model.adapter.merge=average")
+QK_NORM = ("model.vision.qk_layernorm=true",)
+
+
 @pytest.mark.unit
+@pytest.mark.parametrize("options", [(), SEED, QK_NORM, ("model.adapter.hidden_size=512",)])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -144,8 +149,8 @@ def _encoder_saves(config: RunConfig, grid: torch.Tensor) -> int:
         "training.freeze=[vision,adapter]",
     ],
 )
-def test_encoder(overrides: str) -> None:
-    config, grid = _config(overrides), torch.tensor([[16, 20], [12, 18]])
+def test_encoder(overrides: str, options: tuple[str, ...]) -> None:
+    config, grid = _config(overrides, *options), torch.tensor([[16, 20], [12, 18]])
     patches = 16 * 20 + 12 * 18
     planned = encoder_bytes(
         config.model, patches, 4, config.recompute, "cpu", config.training.freeze
@@ -154,11 +159,12 @@ def test_encoder(overrides: str) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("options", [(), SEED, QK_NORM])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_encoder_block(recompute: str) -> None:
+def test_encoder_block(recompute: str, options: tuple[str, ...]) -> None:
     grid = torch.tensor([[20, 24]])
     two, three = (
-        _config(f"recompute.vision={recompute}", f"model.vision.num_layers={layers}")
+        _config(f"recompute.vision={recompute}", f"model.vision.num_layers={layers}", *options)
         for layers in (2, 3)
     )
     one_more = _encoder_saves(three, grid) - _encoder_saves(two, grid)

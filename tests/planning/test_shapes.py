@@ -33,6 +33,12 @@ SHAPES = {
         "model.vision=null",
         "model.language.share_embeddings_and_output_weights=true",
     ),
+    "seed_vit": (
+        "model.vision.gated_linear_unit=false",
+        "model.vision.qk_layernorm=true",
+        "model.adapter.merge=average",
+    ),
+    "wide_adapter": ("model.adapter.hidden_size=96",),
     "no_shared_experts": (
         "model.language.moe_shared_expert_intermediate_size=null",
         "model.language.first_k_dense_replace=2",
