@@ -259,7 +259,7 @@ class TrainStep:
         finalize_model_grads(chunks, None, **kwargs)
         for chunk in self.model.chunks:
             weight = chunk.copied_embedding
-            if weight is not None and weight.requires_grad and self.objective.predicts_ahead:
+            if weight is not None and weight.requires_grad:
                 # Two stages hold it, each with the gradients of its own use.
                 gradient: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
                 dist.all_reduce(gradient, group=self.topology.language.embd)

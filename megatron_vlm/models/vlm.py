@@ -63,20 +63,21 @@ class VisionLanguageModel:
             if "adapter" in parts:
                 self.encoder.adapter.requires_grad_(False)
 
-    def freeze_prediction(self) -> None:
-        """Stop gradients of what only multi-token prediction trains."""
-        for chunk in self.chunks:
-            if chunk.multi_token is not None:
-                chunk.multi_token.requires_grad_(False)
-                if not chunk.pre_process and chunk.copied_embedding is not None:
-                    chunk.copied_embedding.requires_grad_(False)
 
+def build_model(
+    config: RunConfig, topology: Topology, predicts_ahead: bool = False
+) -> VisionLanguageModel:
+    """Build this rank's part on its device; weights are not filled yet.
 
-def build_model(config: RunConfig, topology: Topology) -> VisionLanguageModel:
-    """Build this rank's part on its device; weights are not filled yet."""
+    Args:
+        config: the run.
+        topology: this rank's place.
+        predicts_ahead: whether multi-token prediction, if the model has it, is trained; else its
+            weights are only held.
+    """
     engine = engine_config(config, topology.layout)
     chunks = build_language_chunks(
-        config.model.language, engine, topology.layout, topology.coordinates.pp
+        config.model.language, engine, topology.layout, topology.coordinates.pp, predicts_ahead
     )
     encoder = None
     if config.model.vision is not None:

@@ -97,9 +97,7 @@ class Run:
         open_logs(self.run_dir, topology.rank)
         seed_step(config.training.seed, 0)
         self.objective = build_objective(config.training.objective, topology, config.model)
-        model = build_model(config, topology)
-        if not self.objective.predicts_ahead:
-            model.freeze_prediction()
+        model = build_model(config, topology, self.objective.predicts_ahead)
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
         tokenizer = training_set.source.index.tokenizer_path.read_text()

@@ -108,7 +108,7 @@ def our_step(world: World, language: LanguageConfig, rows: list) -> dict[str, An
         ),
     )
     topology = build_topology(resolve_layout(config, 1), start_distributed(world))
-    model = build_model(config, topology)
+    model = build_model(config, topology, predicts_ahead=True)
     (chunk,) = model.chunks
     _randomize(chunk)
     weights = dict(chunk.named_parameters())

@@ -64,7 +64,7 @@ def _build(world: World, cases: dict[str, RunConfig]) -> dict[str, dict[str, Any
     found: dict[str, dict[str, Any]] = {}
     for name, config in cases.items():
         topology = build_topology(resolve_layout(config, world.world_size), device)
-        model = build_model(config, topology)
+        model = build_model(config, topology, predicts_ahead=True)
         counts: dict[str, int] = defaultdict(int)
         for chunk in model.chunks:
             for parameter_name, parameter in chunk.named_parameters():

@@ -38,6 +38,7 @@ class LanguageModel(GPTModel):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
+        predicts_ahead: bool,
     ) -> None:
         """Build layers `layers` (numbers from 0); weights are not filled.
 
@@ -48,6 +49,7 @@ class LanguageModel(GPTModel):
             pre_process: whether it embeds tokens.
             post_process: whether it ends in the output layer.
             vp_stage: its number among this rank's chunks; null if there is one alone.
+            predicts_ahead: whether multi-token prediction is trained.
         """
         provider = choose_provider(config.params_dtype)
         super().__init__(
@@ -68,9 +70,11 @@ class LanguageModel(GPTModel):
         )
         self.multi_token: MultiTokenPrediction | None = None
         if language.mtp_num_layers is not None:
-            self._add_prediction(language, config)
+            self._add_prediction(language, config, predicts_ahead)
 
-    def _add_prediction(self, language: LanguageConfig, config: TransformerConfig) -> None:
+    def _add_prediction(
+        self, language: LanguageConfig, config: TransformerConfig, trained: bool
+    ) -> None:
         alone = self.pre_process and self.post_process
         if self.post_process:
             self.multi_token = MultiTokenPrediction(
@@ -79,8 +83,8 @@ class LanguageModel(GPTModel):
                 choose_provider(config.params_dtype),
                 self.pg_collection,
                 self.vp_stage,
-            )
-            if not alone:
+            ).requires_grad_(trained)
+            if trained and not alone:
                 self.embedding = LanguageModelEmbedding(
                     config=config,
                     vocab_size=self.vocab_size,
@@ -90,7 +94,7 @@ class LanguageModel(GPTModel):
                 )
                 # A copy: left out of norms.
                 self.embedding.word_embeddings.weight.shared = True
-        if not alone and (self.pre_process or self.post_process):
+        if trained and not alone and (self.pre_process or self.post_process):
             # The distributed optimizer then keeps it in a bucket of its own, so that the ranks of
             # both stages own the same parts of it.
             self.embedding.word_embeddings.weight.shared_embedding = True
@@ -162,7 +166,11 @@ class LanguageModel(GPTModel):
 
 
 def build_language_chunks(
-    language: LanguageConfig, config: TransformerConfig, layout: Layout, pp_rank: int
+    language: LanguageConfig,
+    config: TransformerConfig,
+    layout: Layout,
+    pp_rank: int,
+    predicts_ahead: bool,
 ) -> list[LanguageModel]:
     """The chunks of pipeline rank `pp_rank`, in the engine's order; weights not yet filled."""
     chunks = []
@@ -176,6 +184,7 @@ def build_language_chunks(
                 pre_process="E" in stage,
                 post_process="L" in stage,
                 vp_stage=chunk if layout.vpp is not None else None,
+                predicts_ahead=predicts_ahead,
             )
         )
     return chunks
