@@ -30,7 +30,11 @@ class VisionConfig(_Section):
     num_attention_heads: int = Field(gt=0)
     """Heads. dots.vlm1: 12, so 128 channels each."""
     ffn_hidden_size: int = Field(gt=0)
-    """Width of the SwiGLU feed-forward. dots.vlm1: 4224."""
+    """Width of the feed-forward. dots.vlm1: 4224. Seed-ViT: 5120."""
+    gated_linear_unit: bool = True
+    """SwiGLU of three matrices; false: GELU between two. dots.vlm1: true. Seed-ViT: false."""
+    qk_layernorm: bool = False
+    """RMS norm of each head's query and key before the rotary embedding. dots.vlm1: false."""
     patch_size: int = Field(14, gt=0)
     """Pixels on a patch's side. dots.vlm1: 14."""
     spatial_merge_size: int = Field(2, gt=0)
@@ -77,14 +81,52 @@ class VisionConfig(_Section):
 class AdapterConfig(_Section):
     """The MLP that turns 2x2 merged patches into language tokens (norm, linear, GELU, linear)."""
 
+    merge: Literal["concatenate", "average"] = "concatenate"
+    """How the patches of a block become one: side by side (dots.vlm1), or their mean (Seed-ViT)."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Width between the two linear maps; null: that of the merged patches. dots.vlm1: null."""
     layernorm_epsilon: float = Field(1e-6, gt=0)
     """Epsilon of the layer norm before merging. dots.vlm1: 1e-6."""
     init_method_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights. dots.vlm1: 0.02."""
 
+    def widths(self, vision: VisionConfig) -> tuple[int, int]:
+        """Channels of a merged block, and between the two linear maps."""
+        merged = vision.hidden_size
+        if self.merge == "concatenate":
+            merged *= vision.spatial_merge_size**2
+        return merged, self.hidden_size or merged
+
+
+class RopeScalingConfig(_Section):
+    """How the rotary embedding reaches beyond the length it was trained at."""
+
+    type: Literal["linear", "yarn"]
+    """Positions divided by `factor`, or YaRN (arXiv 2309.00071). DeepSeek-V3: yarn."""
+    factor: float = Field(ge=1)
+    """New length over the original one. DeepSeek-V3: 40."""
+    original_max_position_embeddings: int | None = Field(None, gt=0)
+    """Length before stretching, in tokens; YaRN needs it. DeepSeek-V3: 4096."""
+    beta_fast: float = Field(32.0, gt=0)
+    """Rotations over the original length above which a channel stays as it is. YaRN."""
+    beta_slow: float = Field(1.0, gt=0)
+    """Rotations below which a channel is fully interpolated. YaRN."""
+    mscale: float | None = Field(None, gt=0)
+    """With `mscale_all_dim`, decides the factor on cosines and sines. DeepSeek-V3: 1. YaRN."""
+    mscale_all_dim: float | None = Field(None, gt=0)
+    """Also scales the scores of multi-latent attention. DeepSeek-V3: 1. YaRN."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScalingConfig:
+        if self.type == "yarn" and self.original_max_position_embeddings is None:
+            raise ValueError("original_max_position_embeddings is required when type is yarn")
+        if self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow {self.beta_slow} must be below beta_fast {self.beta_fast}")
+        return self
+
 
 class LanguageConfig(_Section):
-    """A decoder with every trait of dots.llm1; dense when `num_moe_experts` is null."""
+    """A decoder with every trait of dots.llm1 and DeepSeek-V3; dense without `num_moe_experts`."""
 
     num_layers: int = Field(gt=0)
     """Transformer layers. dots.llm1: 62."""
@@ -103,11 +145,36 @@ class LanguageConfig(_Section):
     max_position_embeddings: int = Field(32768, gt=0)
     """Longest sample in tokens. dots.llm1: 32768."""
     rotary_base: float = Field(1e7, gt=0)
-    """Base of the rotary embedding. dots.llm1: 1e7."""
+    """Base of the rotary embedding. dots.llm1: 1e7. DeepSeek-V3: 1e4."""
+    rotary_interleaved: bool = False
+    """Rotate neighbouring channels as pairs, instead of the two halves. DeepSeek-V3: true."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Stretches the rotary embedding to longer samples; null: not at all. dots.llm1: null."""
     layernorm_epsilon: float = Field(1e-5, gt=0)
     """Epsilon of the RMS norms. dots.llm1: 1e-5."""
     qk_layernorm: bool = True
-    """RMS norm of each head's query and key before the rotary embedding. dots.llm1: true."""
+    """RMS norm of each head's query and key before the rotary embedding. dots.llm1: true. Of
+    multi-latent attention, which norms what it compresses instead, it says nothing."""
+    add_qkv_bias: bool = False
+    """Biases of queries, keys and values. dots.llm1: false. dots.ocr (Qwen2): true."""
+
+    kv_lora_rank: int | None = Field(None, gt=0)
+    """Width that keys and values are compressed to: turns on multi-latent attention (DeepSeek-V2,
+    arXiv 2405.04434). DeepSeek-V3: 512."""
+    q_lora_rank: int | None = Field(None, gt=0)
+    """Width that queries are compressed to; null: they are not. DeepSeek-V3: 1536."""
+    qk_head_dim: int = Field(128, gt=0)
+    """Channels of a query and key head without positions. DeepSeek-V3: 128."""
+    qk_pos_emb_head_dim: int = Field(64, gt=0)
+    """Channels with rotary positions, shared by all key heads. DeepSeek-V3: 64."""
+    v_head_dim: int = Field(128, gt=0)
+    """Channels of a value head. DeepSeek-V3: 128."""
+
+    mtp_num_layers: int | None = Field(None, gt=0, le=1)
+    """Layers that predict one more token ahead (multi-token prediction). DeepSeek-V3: 1."""
+    mtp_loss_scaling_factor: float = Field(0.1, ge=0)
+    """Weight of that loss. DeepSeek-V3: 0.3 for the first 10T tokens, then 0.1."""
+
     share_embeddings_and_output_weights: bool = False
     """Tie the embedding and the output layer. dots.llm1: false."""
     init_method_std: float = Field(0.006, gt=0)
@@ -123,6 +190,11 @@ class LanguageConfig(_Section):
     """Experts chosen for each token. dots.llm1: 6."""
     moe_shared_expert_intermediate_size: int | None = Field(None, gt=0)
     """Width of all shared experts together. dots.llm1: 2 x 1408."""
+    moe_router_num_groups: int | None = Field(None, gt=0)
+    """Groups of experts (nodes, in training) among which a token chooses first; null: no groups.
+    DeepSeek-V3: 8. A group's score is the sum of its two best."""
+    moe_router_group_topk: int | None = Field(None, gt=0)
+    """Groups that a token's experts may come from. DeepSeek-V3: 4."""
     moe_router_topk_scaling_factor: float = Field(1.0, gt=0)
     """Factor on the normalised weights of the chosen experts. dots.llm1: 2.5."""
     moe_router_bias_update_rate: float = Field(1e-3, ge=0)
@@ -134,13 +206,16 @@ class LanguageConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> LanguageConfig:
-        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+        if self.multi_latent_attention:
+            self._check_latent()
+        elif self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}; set kv_channels or change one of them"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"kv_channels {self.head_dim} must be even (rotary embedding)")
+        if self.rotary_channels % 2:
+            field = "qk_pos_emb_head_dim" if self.multi_latent_attention else "kv_channels"
+            raise ValueError(f"{field} {self.rotary_channels} must be even (rotary embedding)")
         if self.num_attention_heads % self.query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -159,7 +234,52 @@ class LanguageConfig(_Section):
                     f"first_k_dense_replace {self.first_k_dense_replace} leaves none of the "
                     f"{self.num_layers} layers for experts; set num_moe_experts to null instead"
                 )
+            self._check_groups(self.num_moe_experts)
+        if self.mtp_num_layers and self.share_embeddings_and_output_weights:
+            raise ValueError(
+                "mtp_num_layers with share_embeddings_and_output_weights is not built; untie the "
+                "embeddings, or set mtp_num_layers to null"
+            )
         return self
+
+    def _check_latent(self) -> None:
+        if self.query_groups != self.num_attention_heads:
+            raise ValueError(
+                f"num_query_groups {self.num_query_groups}: multi-latent attention (kv_lora_rank) "
+                "has one key and value per query head; set it to null"
+            )
+        for name in ("kv_channels", "add_qkv_bias"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} has no meaning in multi-latent attention (kv_lora_rank); remove it"
+                )
+
+    def _check_groups(self, experts: int) -> None:
+        groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
+        if (groups is None) != (chosen is None):
+            raise ValueError("moe_router_num_groups and moe_router_group_topk go together")
+        if groups is None or chosen is None:
+            return
+        if experts % groups or experts // groups < 2:
+            raise ValueError(
+                f"moe_router_num_groups {groups} must divide num_moe_experts {experts} into "
+                "groups of two or more"
+            )
+        if not chosen <= groups or self.moe_router_topk > chosen * (experts // groups):
+            raise ValueError(
+                f"moe_router_group_topk {chosen}: expected at most {groups} groups, and enough to "
+                f"hold moe_router_topk {self.moe_router_topk} experts of {experts // groups} each"
+            )
+
+    @property
+    def multi_latent_attention(self) -> bool:
+        """Whether keys and values are compressed."""
+        return self.kv_lora_rank is not None
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that carry positions."""
+        return self.qk_pos_emb_head_dim if self.multi_latent_attention else self.head_dim
 
     @property
     def head_dim(self) -> int:

@@ -97,6 +97,9 @@ def test_killed_and_resumed_is_bit_identical(
         pytest.param("dp2", "tp2_pp2_ep2", True, marks=pytest.mark.slow),
         pytest.param("pp3_uneven", "pp2_vpp2_uneven", False, marks=pytest.mark.slow),
         pytest.param("ep2_etp2", "mbs2", True, marks=pytest.mark.slow),
+        # The embedding that two stages hold becomes one, and two again.
+        ("deepseek_pp2", "deepseek_tp2_sp", True),
+        pytest.param("deepseek_ep2_mbs2", "deepseek_dp2_pp2_cp2", False, marks=pytest.mark.slow),
     ],
 )
 def test_resumed_in_another_layout(
@@ -105,7 +108,8 @@ def test_resumed_in_another_layout(
     """Optimizer state, data position and schedule go on in any other layout."""
     one, two = LAYOUTS[first], LAYOUTS[second]
     words = ("training.precision=fp64" if sharded is None else FP32, NOISE_FREE, *COSINE)
-    whole = train_case(recipe(nano_data, tmp_path / "whole", *words), 1)
+    model = [word for word in one.overrides if word.startswith("model.")]
+    whole = train_case(recipe(nano_data, tmp_path / "whole", *words, *model), 1)
     run_dir = tmp_path / "moved"
     # The plain optimizer's state feeds the distributed one and the other way round.
     before = DISTRIBUTED if sharded else ()

@@ -12,6 +12,7 @@ import torch
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.topology.layout import resolve_layout
+from tests.parallel.layouts import DEEPSEEK
 from tests.topology.words import config
 from tests.training.driver import with_run
 from tests.training_case import assemble, local_parts, recipe
@@ -191,3 +192,16 @@ def test_what_cannot_be_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError, match=r"recompute\.language_modules holds layernorm.*remove it"
     ):
         module.engine_config(run, layout)
+
+
+@pytest.mark.distributed
+def test_latent_attention_and_prediction(nano_data: Path, tmp_path: Path) -> None:
+    """Their own recomputing: attention's core, and the whole layer that predicts further ahead."""
+    words = (*STEPS, *DEEPSEEK)
+    (kept,) = with_run(recipe(nano_data, tmp_path / "kept", *words), _train)
+    for name in ("core_attn", "language_full"):
+        (found,) = with_run(recipe(nano_data, tmp_path / name, *words, *CASES[name]), _train)
+        _assert_same([found], kept)
+        assert found["routing"] == kept["routing"]
+        for part in AGAIN[name] & {"core_attn", "router"}:
+            assert found["calls"][part] == 2 * kept["calls"][part], part

@@ -1,0 +1,1 @@
+"""Checkpoints to and from Hugging Face folders, and releases of a run."""
