@@ -28,7 +28,8 @@ class Run(NamedTuple):
     """First of them in ours, flattened."""
     their_start: int
     """First of them in theirs, flattened."""
-    count: int
+    size: int
+    """How many they are."""
 
 
 class Place(NamedTuple):
@@ -37,7 +38,7 @@ class Place(NamedTuple):
     name: str
     shape: Shape
     runs: Sequence[tuple[int, int, int]]
-    """(start in ours, start in theirs, count), all in elements."""
+    """(start in ours, start in theirs, size), all in elements."""
 
 
 Form = Callable[[Shape, tuple[str, ...], ModelConfig], Iterator[Place]]
@@ -71,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor of theirs that repeats another: where there is one, it must be equal byte for byte."""
+    """A tensor of theirs that repeats another, byte for byte."""
 
     name: str
     of: str
@@ -132,7 +133,7 @@ def translate(model: ModelConfig, names: NameMap) -> Translation:
             if place.name in theirs:
                 raise ConversionError(f"{place.name} would hold {key} and another tensor too")
             theirs[place.name] = place.shape
-            runs += [Run(key, place.name, a, b, count) for a, b, count in place.runs]
+            runs += [Run(key, place.name, a, b, size) for a, b, size in place.runs]
     found = Translation(ours, theirs, runs)
     _prove(ours, found.by_ours(), lambda run: run.our_start)
     _prove(theirs, found.by_theirs(), lambda run: run.their_start)
@@ -228,6 +229,6 @@ def _prove(
         for run in runs[name]:
             if start(run) != place:
                 raise ConversionError(f"{name}: element {place} has no or several counterparts")
-            place += run.count
+            place += run.size
         if place != math.prod(shape):
             raise ConversionError(f"{name}: only {place} of {math.prod(shape)} elements are mapped")
