@@ -29,7 +29,7 @@ _SIZES: dict[str, Any] = {
 }
 _EXPERTS: dict[str, Any] = {
     "n_routed_experts": 8,
-    "moe_intermediate_size": 20,
+    "moe_intermediate_size": 24,
     "n_shared_experts": 2,
     "num_experts_per_tok": 3,
     "first_k_dense_replace": 1,

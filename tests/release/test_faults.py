@@ -94,15 +94,15 @@ TENSORS: dict[str, tuple[Callable[[Path], None], str]] = {
         r"sinks has no place",
     ),
     "experts swapped": (
-        _config(n_routed_experts=20, moe_intermediate_size=8, n_shared_experts=5),
+        _config(n_routed_experts=24, moe_intermediate_size=8, n_shared_experts=6),
         r"experts\.8\.\w+_proj\.weight is missing",
     ),
     "fewer experts said": (_config(n_routed_experts=4), r"experts\.\d\.\w+\.weight has no place"),
     "a transposed matrix": (
         _set(GATE, lambda t: t.T),
-        rf"{GATE} is \[32, 20\]; expected \[20, 32\]",
+        rf"{GATE} is \[32, 24\]; expected \[24, 32\]",
     ),
-    "a flattened matrix": (_set(GATE, lambda t: t.view(-1)), rf"{GATE} is \[640\]; expected"),
+    "a flattened matrix": (_set(GATE, lambda t: t.view(-1)), rf"{GATE} is \[768\]; expected"),
     "integers": (_set(GATE, lambda t: t.to(torch.int8)), rf"{GATE} is I8; expected one of"),
     "truth values": (_set(GATE, lambda t: t > 0), rf"{GATE} is BOOL; expected one of"),
     "float8 without factors": (
