@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,9 @@ from megatron_vlm.checkpoint.writer import write_companions
 
 FILE_BYTES = 4 * 10**9
 """Size after which the next data file begins. Our choice."""
+
+_LEAST_BESIDE = 1 << 20
+"""Bytes below which another thread is not worth its while. Our choice."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a part of a tensor."""
@@ -198,6 +202,8 @@ class _DigestedFile(io.RawIOBase):
         self.place = 0
         self._stream = open(path, "wb", buffering=0)
         self._digest = hashlib.sha256()
+        # Digesting takes as long as writing; both let other threads run meanwhile.
+        self._beside = ThreadPoolExecutor(1)
 
     def writable(self) -> bool:
         """It is."""
@@ -206,19 +212,28 @@ class _DigestedFile(io.RawIOBase):
     def write(self, content: Any) -> int:
         """Write all of it."""
         view = memoryview(content).cast("B")
-        self._digest.update(view)
-        left = view
-        while left:
-            left = left[self._stream.write(left) :]
+        beside = len(view) >= _LEAST_BESIDE
+        digested = self._beside.submit(self._digest.update, view) if beside else None
+        if digested is None:
+            self._digest.update(view)
+        try:
+            left = view
+            while left:
+                left = left[self._stream.write(left) :]
+        finally:
+            if digested is not None:
+                # What is written belongs to somebody else once this returns.
+                digested.result()
         self.place += len(view)
         return len(view)
 
     def finish(self) -> dict[str, Any]:
         """Put it on the disk; its size and digest for the manifest."""
         os.fsync(self._stream.fileno())
-        self._stream.close()
+        self.discard()
         return {"bytes": self.place, "sha256": self._digest.hexdigest()}
 
     def discard(self) -> None:
         """Close it as it is."""
+        self._beside.shutdown()
         self._stream.close()

@@ -40,10 +40,11 @@ from megatron_vlm.release.safetensors_writer import (
 )
 from megatron_vlm.release.source import DTYPE_CHOICES
 from megatron_vlm.release.targets import ReleaseFolder, disk_errors
-from megatron_vlm.release.values import check_finite
+from megatron_vlm.release.values import check_finite, one_thread
 
-_PART_BYTES = 1 << 23
+_MOST_PART_BYTES = 1 << 23
 """Of a tensor, read at a time. Our choice."""
+_LEAST_PART_BYTES = 1 << 16
 
 _MAIN = "optimizer.fp32_param."
 _OPTIMIZER = "optimizer."
@@ -96,7 +97,7 @@ def export_checkpoint(
     model = _model(checkpoint, state)
     family = family_for(model)
     translation = translate(model, family.names)
-    with disk_errors(target), ReleaseFolder(target, overwrite) as release:
+    with one_thread(), disk_errors(target), ReleaseFolder(target, overwrite) as release:
         _verify(checkpoint, show_progress)
         with StoredTensors(checkpoint) as stored:
             work = _Work(translation, stored, checkpoint, DTYPE_CHOICES[dtype])
@@ -154,6 +155,8 @@ class _Work:
                 shapes[copy.name] = shapes[copy.of]
                 self._runs[copy.name] = self._runs[copy.of]
         self.tensors = [Tensor(name, shape, self._target(name)) for name, shape in shapes.items()]
+        largest = max(tensor.bytes for tensor in self.tensors)
+        self._part_bytes = min(_MOST_PART_BYTES, max(_LEAST_PART_BYTES, largest))
 
     def _target(self, name: str) -> torch.dtype:
         key = self._runs[name][0].ours
@@ -169,7 +172,7 @@ class _Work:
     def _values(self, tensor: Tensor, run: Run) -> Iterator[torch.Tensor]:
         key = self._keys[run.ours]
         dtype = self._stored.tensors[key].dtype
-        step = _PART_BYTES // dtype.itemsize
+        step = self._part_bytes // dtype.itemsize
         for start in range(0, run.size, step):
             part = torch.empty(min(step, run.size - start), dtype=dtype)
             self._stored.read(key, run.our_start + start, part)

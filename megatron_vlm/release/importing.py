@@ -29,10 +29,11 @@ from megatron_vlm.release.progress import Meter
 from megatron_vlm.release.safetensors_reader import SafetensorsFolder, read_json
 from megatron_vlm.release.source import DTYPE_CHOICES, Source
 from megatron_vlm.release.targets import ITERATION, claim_checkpoint, disk_errors
-from megatron_vlm.release.values import check_finite
+from megatron_vlm.release.values import check_finite, one_thread
 
 _MOST_PART_BYTES = 1 << 26
 """Of a tensor, written at a time: also what a rank that loads it reads at least. Our choice."""
+_LEAST_PART_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ def import_folder(
     )
     translation = translate(model, family.names)
     claim_checkpoint(target, overwrite)
-    with disk_errors(target), SafetensorsFolder(source) as tensors:
+    with one_thread(), disk_errors(target), SafetensorsFolder(source) as tensors:
         weights = Source(tensors, translation, config, config_file.name)
         work = list(_work(translation, weights, DTYPE_CHOICES[dtype]))
         weights.check_copies()
         total = sum(item.bytes for item in work)
-        most = min(_MOST_PART_BYTES, max(_largest(translation, weights), 1 << 16))
+        most = min(_MOST_PART_BYTES, max(_LEAST_PART_BYTES, _largest(translation, weights)))
         with StreamedCheckpoint(target, ITERATION, file_bytes) as checkpoint:
             with Meter(f"import {family.model_type}", total, show_progress) as meter:
                 for item in work:

@@ -1,6 +1,10 @@
-"""What every number on its way is held to: it is finite."""
+"""Numbers on their way: each is finite, and they pass in one thread."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,7 +20,22 @@ def check_finite(values: torch.Tensor, name: str) -> None:
     if not values.numel():
         return
     # One pass, and no mask of the tensor's size; a NaN is both the least and the greatest.
-    least, greatest = torch.aminmax(values)
-    if not (least.isfinite() and greatest.isfinite()):
-        bad = "NaN" if greatest.isnan() else "an infinity"
+    least, greatest = (bound.item() for bound in torch.aminmax(values))
+    if not (math.isfinite(least) and math.isfinite(greatest)):
+        bad = "NaN" if math.isnan(greatest) else "an infinity"
         raise ConversionError(f"{name} holds {bad}; nothing was written")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in this thread alone.
+
+    A few megabytes at a time are not worth waiting for others: on a busy machine that takes longer
+    than all the work.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
