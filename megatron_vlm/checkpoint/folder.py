@@ -106,7 +106,7 @@ def commit(root: Path, iteration: int) -> Path:
     if final.exists():
         os.rename(final, replaced)
     os.rename(incomplete_path(root, iteration), final)
-    _sync_folder(root)
+    sync_folder(root)
     write_atomically(root / LATEST, f"{iteration}\n")
     shutil.rmtree(replaced, ignore_errors=True)
     return final
@@ -193,7 +193,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Put a folder's names on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

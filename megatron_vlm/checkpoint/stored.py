@@ -35,6 +35,8 @@ class _Chunk:
     start: int
     """First byte of what torch.save wrote."""
     length: int
+    span: range
+    """From its first element to its last, in the tensor."""
     located: Located | None = None
 
 
@@ -93,8 +95,10 @@ class StoredTensors:
             self._prove(name, tensor)
         stop = start + out.numel()
         for chunk in tensor.chunks:
-            for piece in _pieces(tensor.shape, chunk, start, stop):
-                self._copy(name, chunk, piece, out)
+            # Most chunks have nothing of a part, and this is quickly seen.
+            if chunk.span.start < stop and start < chunk.span.stop:
+                for piece in _pieces(tensor.shape, chunk, start, stop):
+                    self._copy(name, chunk, piece, out)
 
     def _copy(self, name: str, chunk: _Chunk, piece: _Piece, out: torch.Tensor) -> None:
         descriptor = self._open(chunk.file)
@@ -218,9 +222,14 @@ def _pieces(shape: tuple[int, ...], chunk: _Chunk, start: int, stop: int) -> Ite
     outer = [range(start_at, start_at + size) for start_at, size in starts]
     for place in itertools.product(*outer):
         index = (*place, *chunk.offsets[before:])
-        first = sum(at * math.prod(shape[axis + 1 :]) for axis, at in enumerate(index))
+        first = _flat(shape, index)
         yield from _runs(first, count, length, stride, local, start, stop)
         local += count * length
+
+
+def _flat(shape: tuple[int, ...], index: tuple[int, ...]) -> int:
+    """Number of an element in row-major order."""
+    return sum(at * math.prod(shape[axis + 1 :]) for axis, at in enumerate(index))
 
 
 def _runs(
@@ -259,9 +268,10 @@ def _tensors(index: Any) -> dict[str, Stored]:
                 raise ValueError(f"a chunk of {name} has another number of axes")
             if info.transform_descriptors:
                 raise ValueError(f"a chunk of {name} is transformed")
-            chunks.append(
-                _Chunk(offsets, sizes, info.relative_path, int(info.offset), int(info.length))
-            )
+            ends = tuple(offset + size - 1 for offset, size in zip(offsets, sizes, strict=True))
+            span = range(_flat(shape, offsets), _flat(shape, ends) + 1)
+            place, length = int(info.offset), int(info.length)
+            chunks.append(_Chunk(offsets, sizes, info.relative_path, place, length, span))
         dtype = entry.properties.dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{name} has no dtype")
