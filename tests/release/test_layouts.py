@@ -132,8 +132,7 @@ def test_exports_alike_from_any_layout(
     config = _config(checkpoint, words)
     run_ranks(world_size, _save_again, checkpoint, config, tmp_path / "checkpoints")
     written = {file.name.split("_")[2] for file in (tmp_path / "checkpoints").rglob("__*.distcp")}
-    # Copies of the same part are written once.
-    assert len(written) == min(world_size, 2)
+    assert (len(written) > 1) is (world_size > 1)
     export_checkpoint(tmp_path, tmp_path / "release")
     # The engine keeps routers in the run's precision.
     expected = {
