@@ -186,7 +186,13 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
         for name, shape, box, values in parts(model):
             checkpoint.write(name, shape, box, values.clone())
             total += values.nbytes
-        state = {"model": model.model_dump(mode="json"), "progress": {"iteration": 0}}
+        state = {
+            "model": model.model_dump(mode="json"),
+            "progress": {"iteration": 0},
+            "precision": "bf16",
+            "data": {},
+            "frozen": [],
+        }
         checkpoint.commit(state, {})
     translation = translate(model, family_for(model).names)
     return {

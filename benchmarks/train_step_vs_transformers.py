@@ -198,7 +198,7 @@ def build_ours(config: Any) -> tuple[Step, dict[str, Any]]:
         config,
         topology,
         model,
-        build_objective("next_token", topology),
+        build_objective("next_token", topology, config.model),
         chunks=list(trainable.chunks),
     )
     bias_rate = config.model.language.moe_router_bias_update_rate

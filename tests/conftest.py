@@ -1,8 +1,12 @@
 """Hooks and fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Ranks are forked: asking for GPUs must not start CUDA in the parent. Read when torch is imported.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from tests.nano_data import build_nano_data, build_text_data
 from tests.skips import (  # noqa: F401 - pytest finds hooks by their names in this file

@@ -97,14 +97,26 @@ def to_dots1(ours: dict[str, torch.Tensor], language: LanguageConfig) -> dict[st
         elif inner == "self_attention.linear_qkv.weight":
             for part, weight in zip("qkv", _split_qkv(tensor, language), strict=True):
                 theirs[f"{prefix}self_attn.{part}_proj.weight"] = weight
-        elif inner == "mlp.experts.linear_fc1":
-            theirs[f"{prefix}mlp.experts.gate_up_proj"] = tensor.flatten(1, 2)
         else:
-            module = _GATE_UP[inner]
-            gate, up = tensor.chunk(2)
-            theirs[f"{prefix}{module}.gate_proj.weight"] = gate
-            theirs[f"{prefix}{module}.up_proj.weight"] = up
+            theirs |= rename_mlp(prefix, inner, tensor)
     return theirs
+
+
+def rename_mlp(prefix: str, inner: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Names and parts of a feed-forward's or its router's tensor, alike in all their models.
+
+    Args:
+        prefix: of the layer, in their names.
+        inner: the name within our layer.
+        tensor: its value.
+    """
+    if inner in _MLP:
+        return {prefix + _MLP[inner]: tensor}
+    if inner == "mlp.experts.linear_fc1":
+        return {f"{prefix}mlp.experts.gate_up_proj": tensor.flatten(1, 2)}
+    module = _GATE_UP[inner]
+    gate, up = tensor.chunk(2)
+    return {f"{prefix}{module}.gate_proj.weight": gate, f"{prefix}{module}.up_proj.weight": up}
 
 
 _OUTSIDE_LAYERS = {
@@ -119,6 +131,9 @@ _IN_LAYERS = {
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+}
+
+_MLP = {
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
     "mlp.router.weight": "mlp.gate.weight",
     "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",

@@ -228,6 +228,8 @@ def _agree(check: Callable[[], None]) -> None:
         check()
     except (CheckpointError, OSError) as error:
         failure = str(error)
+    except Exception as error:  # the others wait for this rank's word, whatever happened
+        failure = f"{type(error).__name__}: {error}"
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     first = next((text for text in failures if text is not None), None)

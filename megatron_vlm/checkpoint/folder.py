@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer.json"
 FORMAT_VERSION = 1
+STATE_PARTS = {"progress": dict, "model": dict, "precision": str, "data": dict, "frozen": list}
+"""What `state.json` must hold to be loaded from, and of what kind."""
 _NAME = re.compile(r"iter_(\d{7,})$")
 _BLOCK = 1 << 22
 
@@ -91,6 +93,7 @@ def write_atomically(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -103,10 +106,12 @@ def commit(root: Path, iteration: int) -> Path:
     between leaves one of the two, which `tidy` puts in place.
     """
     final, replaced = root / checkpoint_name(iteration), _replaced_path(root, iteration)
+    # What the new name leads to is on disk before the name is.
+    sync(incomplete_path(root, iteration))
     if final.exists():
         os.rename(final, replaced)
     os.rename(incomplete_path(root, iteration), final)
-    sync_folder(root)
+    sync(root)
     write_atomically(root / LATEST, f"{iteration}\n")
     shutil.rmtree(replaced, ignore_errors=True)
     return final
@@ -146,7 +151,8 @@ def tidy(root: Path) -> None:
         if prefix == ".replaced" and not (root / name).exists():
             os.rename(path, root / name)
         elif prefix in (".replaced", ".incomplete"):
-            shutil.rmtree(path)
+            # What cannot go now (a file that someone still reads) is in nobody's way.
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _replaced_path(root: Path, iteration: int) -> Path:
@@ -174,17 +180,38 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
             f"{path / MANIFEST}: format_version {manifest.get('format_version')!r}; this version "
             f"of megatron-vlm reads {FORMAT_VERSION}"
         )
-    return manifest["files"]
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
+    ):
+        raise CheckpointError(
+            f"{path / MANIFEST}: lists no sizes and digests; the checkpoint is damaged, use another"
+        )
+    return files
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Counters, model and versions of a checkpoint."""
-    return _read_json(path / STATE)
+    """Counters, model, data stream and versions of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or lacks a part.
+    """
+    state = _read_json(path / STATE)
+    for name, kind in STATE_PARTS.items():
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(
+                f"{path / STATE}: {name} is missing or no {kind.__name__}; the checkpoint is "
+                "damaged or of an older version, use another"
+            )
+    return state
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no mapping")
+        return found
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint is damaged, use another") from None
     except (OSError, ValueError) as error:
@@ -193,8 +220,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def sync_folder(path: Path) -> None:
-    """Put a folder's names on the disk."""
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

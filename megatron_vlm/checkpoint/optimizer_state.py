@@ -5,8 +5,9 @@ over ranks, two with), and its re-shardable one saves wrong state when a padded 
 offsets across several buckets. Here each parameter's state is put together from the ranges that
 data-parallel ranks own, a portion at a time, and saved under the parameter's name with the
 parameter's sharding. So any layout, and the plain or the distributed optimizer, can read it.
-The price: while saving or loading, each rank holds the whole state of its parameters in host
-memory (8 bytes a parameter, 12 where weights are computed in half precision).
+The price: while saving, the rank that writes a parameter holds its whole state in host memory (8
+bytes a parameter, 12 where weights are computed in half precision); while loading, every rank that
+holds the parameter does.
 
 Names: `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`, and `optimizer.fp32_param.NAME`
 where weights are computed in half precision.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -28,7 +30,7 @@ from megatron_vlm.engine.trainable import Trainable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PORTION = 1 << 26
-"""Elements gathered at a time on the device: 256 MiB in float32."""
+"""Elements gathered at a time on the device (256 MiB in float32), or one larger parameter."""
 
 
 def optimizer_tensors(trainable: Trainable, model_state: dict[str, Any], empty: bool) -> dict:
@@ -43,11 +45,12 @@ def optimizer_tensors(trainable: Trainable, model_state: dict[str, Any], empty: 
         Sharded tensors (or factories) by name.
     """
     names = {id(entry.data): name for name, entry in model_state.items()}
+    written = {id(e.data) for e in model_state.values() if is_main_replica(e.replica_id)}
     result = {}
     for optimizer in trainable.optimizer.chained_optimizers:
         if optimizer.is_stub_optimizer:
             continue
-        for parameter, kind, value in _whole_states(optimizer, empty):
+        for parameter, kind, value in _whole_states(optimizer, empty, written):
             name = names[id(parameter)]
             result[f"optimizer.{kind}.{name}"] = make_sharded_optimizer_tensor(
                 model_state[name], value, f"optimizer.{kind}"
@@ -88,8 +91,13 @@ def load_main_parameters(trainable: Trainable) -> None:
             optimizer.reload_model_params()
 
 
-def _whole_states(optimizer: Any, empty: bool) -> Iterator[tuple[torch.Tensor, str, torch.Tensor]]:
-    """(parameter, kind, whole local tensor) of every parameter and kind of state."""
+def _whole_states(
+    optimizer: Any, empty: bool, written: set[int]
+) -> Iterator[tuple[torch.Tensor, str, torch.Tensor]]:
+    """(parameter, kind, whole local tensor) of every parameter and kind of state.
+
+    Of parameters that another rank writes (whose `id` is not in `written`) only the shape.
+    """
     half = optimizer.config.bf16
     kinds = (*_MOMENTS, "fp32_param") if half else _MOMENTS
     if not isinstance(optimizer, DistributedOptimizer):
@@ -106,7 +114,8 @@ def _whole_states(optimizer: Any, empty: bool) -> Iterator[tuple[torch.Tensor, s
                 if empty:
                     wholes = [_zeros(parameter, half, "cpu") for parameter in parameters]
                 else:
-                    wholes = _gather(parameters, kind, owned, half, optimizer.data_parallel_group)
+                    group = optimizer.data_parallel_group
+                    wholes = _gather(parameters, kind, owned, half, group, written)
                 yield from zip(parameters, repeat(kind), wholes)
 
 
@@ -116,18 +125,24 @@ def _gather(
     owned: dict[int, tuple[slice, dict[str, torch.Tensor]]],
     half: bool,
     group: Any,
+    written: set[int],
 ) -> list[torch.Tensor]:
     """One kind of whole state of some parameters, in host memory; collective over `group`."""
-    flat = torch.cat([_zeros(parameter, half).flatten() for parameter in parameters])
-    pieces = flat.split([parameter.numel() for parameter in parameters])
+    sizes = [parameter.numel() for parameter in parameters]
+    dtype = torch.float32 if half else parameters[0].dtype
+    flat = torch.zeros(sum(sizes), dtype=dtype, device=parameters[0].device)
+    pieces = flat.split(sizes)
     for parameter, piece in zip(parameters, pieces, strict=True):
         span, tensors = owned.get(id(parameter), (slice(0), {}))
         if kind in tensors:
             piece[span] = tensors[kind].detach().flatten()
     # Each element is owned by one rank and zero elsewhere.
     dist.all_reduce(flat, group=group)
-    pieces = flat.cpu().split([parameter.numel() for parameter in parameters])
-    return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+    # Each on its own: the engine would copy a view of something larger once more.
+    return [
+        piece.to("cpu" if id(p) in written else "meta", copy=True).view(p.shape)
+        for piece, p in zip(pieces, parameters, strict=True)
+    ]
 
 
 def _portions(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -203,4 +218,6 @@ def _prepare(optimizer: Any, step: int) -> None:
             group["step"] = step
         for parameter in group["params"]:
             if torch_adam:
-                inner.state[parameter]["step"] = torch.tensor(float(step))
+                # torch's fused step wants its count beside the weights, the plain one on the host.
+                device = parameter.device if group["fused"] else None
+                inner.state[parameter]["step"] = torch.tensor(float(step), device=device)

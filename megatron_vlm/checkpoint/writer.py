@@ -7,6 +7,7 @@ in a collective. Here each phase ends with an agreement: all go on, or all raise
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,6 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.checkpoint import folder
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.platform.results_queue import start_results_queue
+
+logger = logging.getLogger("megatron_vlm")
 
 
 class CheckpointWriter:
@@ -59,6 +63,7 @@ class CheckpointWriter:
         # Once a run: that every element of every tensor has exactly one owner.
         sharded, _ = save_preprocess(tensors, validate_access_integrity=not self._validated)
         self._validated = True
+        start_results_queue()
         strategy = _Strategy("torch_dist", 1)
         request = strategy.async_save(sharded, path)
         if request.async_fn is not None:
@@ -152,7 +157,8 @@ class _Finish:
         together, iteration = self._writer._together, self._iteration
         together(iteration, self._write_index)
         mine: dict[str, dict[str, Any]] = {}
-        together(iteration, lambda: mine.update(_describe(self._path, dist.get_rank())))
+        wrote = self._request.async_fn is not None
+        together(iteration, lambda: mine.update(_describe(self._path, dist.get_rank(), wrote)))
         parts: list[dict] = [{}] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
         files = {name: entry for part in parts for name, entry in part.items()}
@@ -173,7 +179,11 @@ class _Finish:
         )
         root = self._writer._root
         folder.commit(root, self._iteration)
-        folder.remove_old(root, self._iteration, *self._writer._keep)
+        try:
+            folder.remove_old(root, self._iteration, *self._writer._keep)
+        except OSError as error:
+            # The new one is safe: a file that someone still reads must not end the run.
+            logger.warning("an old checkpoint could not be removed (%s)", error)
 
 
 def first_cause(error: BaseException) -> str:
@@ -201,6 +211,8 @@ def write_companions(path: Path, state: dict[str, Any], texts: dict[str, str]) -
     # The engine's tools want these two; ours read state.json.
     torch.save({}, path / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
+    for file in list(path.iterdir()):
+        folder.sync(file)
     folder.write_atomically(path / folder.STATE, json.dumps(state, indent=1))
     for name, text in texts.items():
         folder.write_atomically(path / name, text)
@@ -228,11 +240,17 @@ def _write_and_digest(write: Callable[..., None], path: Path, rank: int, *argume
     _note(path, rank).write_text(json.dumps(files))
 
 
-def _describe(path: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Size and digest of the files this rank wrote."""
+def _describe(path: Path, rank: int, wrote: bool) -> dict[str, dict[str, Any]]:
+    """Size and digest of the files this rank wrote.
+
+    Raises:
+        CheckpointError: it `wrote` and left no note of it: its helper process died after writing.
+    """
     note = _note(path, rank)
     files: dict[str, dict[str, Any]] = {}
-    if note.is_file():
+    if wrote:
+        if not note.is_file():
+            raise CheckpointError("the process that wrote its files died before it was done")
         files = json.loads(note.read_text())
         note.unlink()
     if rank == 0:

@@ -90,6 +90,13 @@ class AdapterConfig(_Section):
     init_method_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights. dots.vlm1: 0.02."""
 
+    def widths(self, vision: VisionConfig) -> tuple[int, int]:
+        """Channels of a merged block, and between the two linear maps."""
+        merged = vision.hidden_size
+        if self.merge == "concatenate":
+            merged *= vision.spatial_merge_size**2
+        return merged, self.hidden_size or merged
+
 
 class RopeScalingConfig(_Section):
     """How the rotary embedding reaches beyond the length it was trained at."""

@@ -16,10 +16,21 @@ from megatron_vlm.topology.mesh import Topology
 
 
 @dataclass
+class Ahead:
+    """What predicting one more token is to find: `[1, tokens / cp]`."""
+
+    labels: torch.Tensor
+    """The token after the next."""
+    loss_mask: torch.Tensor
+    """1 where it is a target and the next token is none of a picture's."""
+
+
+@dataclass
 class MicroBatch:
     """Tensors over this context-parallel rank's tokens, `[1, tokens / cp]` unless said otherwise.
 
-    `tokens`, `labels`, `loss_mask` are None on ranks that neither embed nor compute the loss.
+    `tokens`, `labels`, `loss_mask` are None on ranks that neither embed nor compute the loss;
+    `ahead` also where nothing is predicted further ahead.
     `features` are the picture features this rank embeds, a leaf of the graph, at `feature_rows`
     of the decoder's input. `extras` is the objective's own: what its earlier forwards found.
     """
@@ -27,6 +38,7 @@ class MicroBatch:
     plan: MicroBatchPlan
     rows: PackedRows
     segment_ids: torch.Tensor
+    ahead: Ahead | None = None
     tokens: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
@@ -45,6 +57,7 @@ def build_micro_batch(
     text: TextBatch | None,
     topology: Topology,
     balance_weight: float,
+    predict_ahead: bool = False,
 ) -> MicroBatch:
     """Cut a planned micro-batch to this rank's context-parallel part and move it to its device.
 
@@ -53,11 +66,13 @@ def build_micro_batch(
         text: its tokens, where this rank needs them.
         topology: this rank's place.
         balance_weight: weight of one row's balance loss in this step.
+        predict_ahead: whether the token after the next is predicted too.
     """
     layout, device = topology.layout, topology.device
     cu_seqlens = plan.cu_seqlens
     mine = local_tokens(cu_seqlens, layout.cp, topology.coordinates.cp)
     segment_ids, row_ids, row_tokens = _token_maps(plan)
+    within = positions(cu_seqlens).astype(np.int64)
     bounds = torch.from_numpy(cu_seqlens.astype(np.int32)).to(device)
     rows = PackedRows(
         qkv_format="thd",
@@ -67,14 +82,15 @@ def build_micro_batch(
         max_seqlen_kv=plan.max_seqlen,
         row_ids=torch.from_numpy(row_ids[mine]).to(device),
         row_tokens=torch.from_numpy(row_tokens).to(device),
+        position_ids=torch.from_numpy(within[mine]).to(device),
         balance_weight=balance_weight,
     )
     if layout.cp > 1:
-        within = positions(cu_seqlens).astype(np.int64)
+        assert rows.position_ids is not None
         order = gathered_order(cu_seqlens, layout.cp)
         rows.context = ContextParallelRows(
             cu_seqlens=bounds // layout.cp,
-            query_positions=torch.from_numpy(within[mine]).to(device),
+            query_positions=rows.position_ids,
             key_order=torch.from_numpy(order).to(device),
             key_positions=torch.from_numpy(within).to(device),
         )
@@ -84,7 +100,29 @@ def build_micro_batch(
         batch.tokens = text.tokens[index].unsqueeze(0).to(device)
         batch.labels = text.labels[index].unsqueeze(0).to(device)
         batch.loss_mask = text.loss_mask[index].unsqueeze(0).to(device)
+        if predict_ahead:
+            next_tokens, labels, loss_mask = (
+                tensor[index].unsqueeze(0).to(device) for tensor in _shifted(plan, text)
+            )
+            rows.next_tokens, batch.ahead = next_tokens, Ahead(labels, loss_mask)
     return batch
+
+
+def _shifted(
+    plan: MicroBatchPlan, text: TextBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Next tokens, the labels and the loss mask of predicting one more: each `[tokens]`.
+
+    Nothing of the next segment is seen: its last token keeps itself as the next, without a loss.
+    """
+    last = torch.from_numpy(plan.cu_seqlens[1:].astype(np.int64)) - 1
+    following = torch.arange(1, plan.num_tokens + 1)
+    following[last] = last
+    loss_mask = text.loss_mask[following]
+    loss_mask[last] = 0
+    for start, count in plan.picture_spans.tolist():
+        loss_mask[max(start - 1, 0) : start + count - 1] = 0
+    return text.tokens[following], text.labels[following], loss_mask
 
 
 def _token_maps(plan: MicroBatchPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.config.schema import ModelConfig
 from megatron_vlm.engine.microbatch import MicroBatch
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.ops.log_probs import token_log_probs
@@ -35,9 +36,19 @@ class Objective(ABC):
     """What the last stage hands to `losses`."""
     needs_reference: bool = False
     """Whether a frozen copy of the starting model is kept for `before_step`."""
+    auxiliary: frozenset[str] = frozenset()
+    """Losses that help training and are no part of what validation reports as its loss."""
+    predicts_ahead: bool = False
+    """Whether `losses` also gets the logits of the token after the next, as `ahead`."""
 
-    def __init__(self, topology: Topology) -> None:
-        self.topology = topology
+    def __init__(self, topology: Topology, model: ModelConfig) -> None:
+        """Made once a run.
+
+        Args:
+            topology: this rank's place.
+            model: what is trained.
+        """
+        self.topology, self.model = topology, model
 
     def before_step(  # noqa: B027 - most objectives have nothing to run first
         self, step: TrainStep, micro_batches: list[MicroBatch]
@@ -52,24 +63,52 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def losses(self, output: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """This rank's sum of each loss, differentiable; asked on the loss stage."""
+    def losses(
+        self, output: torch.Tensor, batch: MicroBatch, ahead: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """This rank's sum of each loss, differentiable; asked on the loss stage.
+
+        Args:
+            output: what `output` names.
+            batch: the micro-batch.
+            ahead: logits of the token after the next, if `predicts_ahead`.
+        """
 
 
 class NextToken(Objective):
-    """Cross-entropy of the next token on answer tokens, averaged over all of them in the step."""
+    """Cross-entropy of the next token on answer tokens, averaged over all of them in the step.
 
-    loss_weights = {"lm_loss": 1.0}
+    Of a model with multi-token prediction also that of the token after it, as `mtp_loss`.
+    """
+
+    auxiliary = frozenset({"mtp_loss"})
+
+    def __init__(self, topology: Topology, model: ModelConfig) -> None:
+        super().__init__(topology, model)
+        self.loss_weights = {"lm_loss": 1.0}
+        self.predicts_ahead = model.language.mtp_num_layers is not None
+        if self.predicts_ahead:
+            self.loss_weights["mtp_loss"] = model.language.mtp_loss_scaling_factor
 
     def counts(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Answer tokens of this rank."""
         assert batch.loss_mask is not None
-        return {"lm_loss": batch.loss_mask.sum()}
+        counts = {"lm_loss": batch.loss_mask.sum()}
+        if batch.ahead is not None:
+            counts["mtp_loss"] = batch.ahead.loss_mask.sum()
+        return counts
 
-    def losses(self, output: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    def losses(
+        self, output: torch.Tensor, batch: MicroBatch, ahead: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Summed negative log-likelihood of this rank's answer tokens."""
         assert batch.loss_mask is not None
-        return {"lm_loss": -(label_log_probs(output, batch, self.topology) * batch.loss_mask).sum()}
+        log_probs = label_log_probs(output, batch, self.topology)
+        losses = {"lm_loss": -(log_probs * batch.loss_mask).sum()}
+        if ahead is not None and batch.ahead is not None:
+            log_probs = token_log_probs(ahead, batch.ahead.labels, self.topology.language.tp)
+            losses["mtp_loss"] = -(log_probs * batch.ahead.loss_mask).sum()
+        return losses
 
 
 def label_log_probs(logits: torch.Tensor, batch: MicroBatch, topology: Topology) -> torch.Tensor:
@@ -114,15 +153,15 @@ def counted_once(value: torch.Tensor, topology: Topology) -> torch.Tensor:
     return value if topology.coordinates.cp == 0 else value * 0
 
 
-_REGISTRY: dict[str, Callable[[Topology], Objective]] = {"next_token": NextToken}
+_REGISTRY: dict[str, Callable[[Topology, ModelConfig], Objective]] = {"next_token": NextToken}
 
 
-def register_objective(name: str, build: Callable[[Topology], Objective]) -> None:
+def register_objective(name: str, build: Callable[[Topology, ModelConfig], Objective]) -> None:
     """Make an objective known as `training.objective`."""
     _REGISTRY[name] = build
 
 
-def build_objective(name: str, topology: Topology) -> Objective:
+def build_objective(name: str, topology: Topology, model: ModelConfig) -> Objective:
     """The objective registered under `name`.
 
     Raises:
@@ -132,4 +171,4 @@ def build_objective(name: str, topology: Topology) -> Objective:
         raise ConfigError(
             f"training.objective {name!r} is not known; expected one of: {', '.join(_REGISTRY)}"
         )
-    return _REGISTRY[name](topology)
+    return _REGISTRY[name](topology, model)

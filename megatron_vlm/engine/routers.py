@@ -29,14 +29,18 @@ def reset_router_statistics(chunks: list[LanguageModel]) -> None:
 
 
 def collect_router_statistics(
-    chunks: list[LanguageModel], topology: Topology, config: RunConfig
+    chunks: list[LanguageModel], topology: Topology, config: RunConfig, predicts_ahead: bool
 ) -> tuple[float | None, float | None]:
     """Mean balance loss (1 is balanced) and mean of max over mean expert load, over all layers.
 
     Sums the routers' token counts over the ranks that share a layer, in place: `update_bias`
-    relies on it. Returns (None, None) for a dense model.
+    relies on it. A layer of multi-token prediction counts where it is trained (`predicts_ahead`).
+    Returns (None, None) for a dense model.
     """
-    layers = sum(config.model.language.moe_layer_freq)
+    language = config.model.language
+    layers = sum(language.moe_layer_freq)
+    if predicts_ahead:
+        layers += language.moe_layer_freq[-1] * (language.mtp_num_layers or 0)
     if not layers:
         return None, None
     mine = routers(chunks)

@@ -87,7 +87,7 @@ class TrainStep:
         self._backward_encoder(encoded, exchange)
         losses = self._reduce_losses(sums)
         balance, imbalance = collect_router_statistics(
-            self.model.chunks, self.topology, self.config
+            self.model.chunks, self.topology, self.config, self.objective.predicts_ahead
         )
         return StepResult(losses, balance, imbalance)
 
@@ -157,7 +157,7 @@ class TrainStep:
         rows = sum(len(plan.rows) for plan in plans) * self.topology.layout.dp
         weight = self.config.model.language.moe_aux_loss_coeff / rows
         return [
-            build_micro_batch(plan, text, self.topology, weight)
+            build_micro_batch(plan, text, self.topology, weight, self.objective.predicts_ahead)
             for plan, text in zip(plans, data.texts, strict=True)
         ]
 
@@ -218,11 +218,12 @@ class TrainStep:
         return dict(zip(names, totals.tolist(), strict=True))
 
     def _objective_loss(
-        self, batch: MicroBatch, output: torch.Tensor
+        self, batch: MicroBatch, output: Output, *further: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         total: torch.Tensor | None = None
         reported = {}
-        for name, value in self.objective.losses(output, batch).items():
+        outputs = _parts(output, *further)
+        for name, value in self.objective.losses(outputs[0], batch, *outputs[1:]).items():
             # A step in which nothing counts has nothing to average.
             scaled = value / (self._denominators[name] or 1.0)
             reported[name] = scaled.detach()
@@ -256,6 +257,12 @@ class TrainStep:
     def _finalize(self, chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
         # No token count: losses are already averages.
         finalize_model_grads(chunks, None, **kwargs)
+        for chunk in self.model.chunks:
+            weight = chunk.copied_embedding
+            if weight is not None and weight.requires_grad:
+                # Two stages hold it, each with the gradients of its own use.
+                gradient: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
+                dist.all_reduce(gradient, group=self.topology.language.embd)
 
 
 @contextmanager
@@ -268,6 +275,15 @@ def _schedule_of(chunk: torch.nn.Module, forward_only: bool) -> Iterator[None]:
         yield
     finally:
         engine.overlap_moe_expert_parallel_comm = overlap
+
+
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""What the last stage returns: one tensor, or the logits of the next token and of the one after."""
+
+
+def _parts(output: Output, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The output's parts; the combined schedule hands them over one by one."""
+    return (*output, *further) if isinstance(output, tuple) else (output, *further)
 
 
 def _is_trained(encoder: VisionEncoder | None) -> bool:
@@ -299,9 +315,10 @@ def _forward_step(
 
 
 def _collecting(collect: Callable[[torch.Tensor, MicroBatch], Any]) -> Callable[..., Any]:
-    def loss(batch: MicroBatch, output: torch.Tensor) -> Any:
-        zero = torch.zeros((), device=output.device)
-        return zero, torch.zeros((), dtype=torch.int), {"collected": collect(output, batch)}
+    def loss(batch: MicroBatch, output: Output, *further: torch.Tensor) -> Any:
+        first = _parts(output, *further)[0]
+        zero = torch.zeros((), device=first.device)
+        return zero, torch.zeros((), dtype=torch.int), {"collected": collect(first, batch)}
 
     return loss
 

@@ -224,6 +224,7 @@ class Answerer:
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
+            position_ids=torch.cat([torch.arange(n) for n in lengths]).to(device),
         )
         places = [p.places + start for p, start in zip(prompts, bounds, strict=False)]
         ids = torch.tensor(tokens, device=device).unsqueeze(0)

@@ -64,11 +64,20 @@ class VisionLanguageModel:
                 self.encoder.adapter.requires_grad_(False)
 
 
-def build_model(config: RunConfig, topology: Topology) -> VisionLanguageModel:
-    """Build this rank's part on its device; weights are not filled yet."""
+def build_model(
+    config: RunConfig, topology: Topology, predicts_ahead: bool = False
+) -> VisionLanguageModel:
+    """Build this rank's part on its device; weights are not filled yet.
+
+    Args:
+        config: the run.
+        topology: this rank's place.
+        predicts_ahead: whether multi-token prediction, if the model has it, is trained; else its
+            weights are only held.
+    """
     engine = engine_config(config, topology.layout)
     chunks = build_language_chunks(
-        config.model.language, engine, topology.layout, topology.coordinates.pp
+        config.model.language, engine, topology.layout, topology.coordinates.pp, predicts_ahead
     )
     encoder = None
     if config.model.vision is not None:

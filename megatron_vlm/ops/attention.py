@@ -8,8 +8,10 @@ fused kernels never hold the score matrix.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -214,8 +216,13 @@ def _widen(x: Tensor, channels: int) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _has_varlen() -> bool:
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+def _varlen_options() -> frozenset[str]:
+    """What torch's variable-length attention can be told; nothing where torch has none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _varlen_fits(q: Tensor, v: Tensor) -> bool:
@@ -224,7 +231,8 @@ def _varlen_fits(q: Tensor, v: Tensor) -> bool:
         and q.shape[0] > 0
         and q.dtype in (torch.bfloat16, torch.float16)
         and max(q.shape[-1], v.shape[-1]) <= _VARLEN_MAX_CHANNELS
-        and _has_varlen()
+        # Older ones know no window and no scale.
+        and {"window_size", "scale"} <= _varlen_options()
     )
 
 
@@ -246,6 +254,12 @@ def _varlen(
     value_dim = v.shape[-1]
     widest = -(-max(q.shape[-1], value_dim) // 8) * 8
     q, k, v = (_widen(x, widest) for x in (q, k, v))
+    options: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in _varlen_options():
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     out = varlen_attn(
         q,
         k,
@@ -256,7 +270,7 @@ def _varlen(
         max_seqlen,
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **options,
     )
     assert isinstance(out, Tensor)
     return out[..., :value_dim]

@@ -21,14 +21,14 @@ def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     Returns:
         `[tokens, width]` in the type of `gate_up`; computed in the wider of the two.
     """
-    if gate_up.is_cuda:
-        gate, up = gate_up.to(torch.promote_types(gate_up.dtype, probs.dtype)).chunk(2, dim=-1)
-        return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
     return _WeightedSwiGLU.apply(gate_up, probs)
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
-    """Keeps its inputs alone, and goes over them a few rows at a time."""
+    """Keeps its inputs alone, and on a CPU goes over them a few rows at a time.
+
+    Left to autograd, half precision would keep everything again in float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         work = torch.promote_types(gate_up.dtype, probs.dtype)
         width = gate_up.size(1) // 2
         result = gate_up.new_empty(gate_up.size(0), width)
-        rows = _rows(width)
+        rows = _rows(gate_up, width)
         for both, weight, out in zip(
             gate_up.split(rows), probs.split(rows), result.split(rows), strict=True
         ):
@@ -51,7 +51,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         work = torch.promote_types(gate_up.dtype, probs.dtype)
         width = gate_up.size(1) // 2
         to_gate_up, to_probs = torch.empty_like(gate_up), torch.empty_like(probs)
-        rows = _rows(width)
+        rows = _rows(gate_up, width)
         for both, weight, given, out, to_weight in zip(
             gate_up.split(rows),
             probs.split(rows),
@@ -75,5 +75,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         return to_gate_up, to_probs
 
 
-def _rows(width: int) -> int:
+def _rows(gate_up: torch.Tensor, width: int) -> int:
+    if gate_up.is_cuda:
+        return max(1, gate_up.size(0))
     return max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // width)

@@ -81,7 +81,7 @@ def decoder_layer_bytes(
         # The whole layer of experts, its activation included.
         named |= {"moe_act", "router"}
     dropped = {name: size for name, size in modules.items() if name in named}
-    if "core_attn" in named and share.cp > 1:
+    if "core_attn" in named and share.cp > 1 and not language.multi_latent_attention:
         # Instead of the gathered keys, the checkpoint keeps the rank's own.
         kept_keys = language.query_groups * language.head_dim / share.tp
         dropped["core_attn"] -= kept_keys * share.tokens * share.element
@@ -93,6 +93,11 @@ def decoder_layer_bytes(
 def _attention(language: LanguageConfig, share: Share) -> dict[str, float]:
     """Attention and both norms, the layer's input left out; keys are recomputable modules."""
     t, s, b, hidden = share.tokens, share.split_tokens, share.element, language.hidden_size
+    norms = 2 * (hidden * b + share.wide) * s
+    if share.device == "cpu":
+        norms += 2 * hidden * b * s
+    if language.multi_latent_attention:
+        return _latent_attention(language, share) | {"layernorm": norms}
     head, tp = language.head_dim, share.tp
     queries = language.num_attention_heads * head / tp
     keys = language.query_groups * head / tp
@@ -104,9 +109,6 @@ def _attention(language: LanguageConfig, share: Share) -> dict[str, float]:
     fixed += 4 * head * t * b
     if share.cp == 1:
         fixed += keys * t * b
-    norms = 2 * (hidden * b + share.wide) * s
-    if share.device == "cpu":
-        norms += 2 * hidden * b * s
     if language.qk_layernorm:
         fixed += (queries + keys) / head * t * share.wide
         if share.device == "cpu":
@@ -120,6 +122,40 @@ def _attention(language: LanguageConfig, share: Share) -> dict[str, float]:
         # zeroed.
         core += 2 * keys * t * share.cp * b + share.sample_tokens * t * b + queries * t * b
     return {"fixed": fixed, "layernorm": norms, "core_attn": core}
+
+
+def _latent_attention(language: LanguageConfig, share: Share) -> dict[str, float]:
+    """Multi-latent attention, both norms of the layer left out."""
+    t, s, b, heads = (
+        share.tokens,
+        share.split_tokens,
+        share.element,
+        language.num_attention_heads / share.tp,
+    )
+    rotary, value = language.qk_pos_emb_head_dim, language.v_head_dim
+    query = language.qk_head_dim + rotary
+    # Kernels want one head size: values are widened.
+    widest = max(query, value)
+    # The sum after attention, which the second norm reads; expanded queries, which are cut in two
+    # and rotated; queries, keys and values of the kernel; its output.
+    fixed = language.hidden_size * s * b
+    fixed += heads * (query + 2 * query + 2 * value) * t * b
+    # Cosines and sines of queries and of keys; shared channels before they are rotated.
+    fixed += (2 * rotary + rotary) * t * b
+    compressed = language.kv_lora_rank or 0
+    normed = compressed + (language.q_lora_rank or 0)
+    # What is compressed, and the same normed.
+    fixed += (2 * normed + rotary) * s * b + 2 * share.wide * s
+    if share.device == "cpu":
+        fixed += normed * s * b
+    core = heads * t * share.wide
+    if widest > value:
+        # Values as the kernel wants them instead, and its output as it gives it.
+        core += heads * (widest - value + widest) * t * b
+    if share.cp > 1:
+        core += heads * (query + value) * t * share.cp * b
+        core += share.sample_tokens * t * b + heads * widest * t * b
+    return {"fixed": fixed, "core_attn": core}
 
 
 def _dense(language: LanguageConfig, share: Share) -> dict[str, float]:
@@ -146,9 +182,8 @@ def _experts(language: LanguageConfig, share: Share) -> dict[str, float]:
     # The experts' input, gate and up, the weighted product, the weights.
     moe = rows * (hidden * b + 3 * width * b + wide)
     moe += _swiglu(language.moe_shared_expert_intermediate_size or 0, share)
-    # The activated gate and the unweighted product; on a CPU computed again from gate and up.
-    activation = rows * 2 * width * b if share.device == "cuda" else 0.0
-    return {"router": router, "moe": moe, "moe_act": activation}
+    # What lies between is computed again from gate and up.
+    return {"router": router, "moe": moe, "moe_act": 0.0}
 
 
 def head_bytes(language: LanguageConfig, share: Share) -> float:
@@ -185,8 +220,12 @@ def encoder_bytes(
     if vision is None or {"vision", "adapter"} <= set(frozen):
         return Saved(0.0)
     wide, hidden = max(_FLOAT32, element), vision.hidden_size
-    # The adapter: its input and normalised input, the first linear's output, GELU's output.
-    adapter = patches * (4 * hidden * element + 2 * wide)
+    merged, inner = model.adapter.widths(vision)
+    # The adapter: its input, the merged patches (side by side they are the normalised input), the
+    # first linear's output, GELU's output.
+    per_token = merged + 2 * inner
+    adapter = patches * (hidden * element + 2 * wide)
+    adapter += patches / vision.spatial_merge_size**2 * per_token * element
     if "vision" in frozen:
         return Saved(adapter)
     block = encoder_block_bytes(vision, patches, element, recompute, device)
@@ -206,16 +245,21 @@ def encoder_block_bytes(
     """One block of the trunk over `patches` patches, its input included."""
     hidden, inner, wide = vision.hidden_size, vision.ffn_hidden_size, max(_FLOAT32, element)
     entry = hidden * element * patches
+    gated = vision.gated_linear_unit
     # Both norms' outputs, the sum between; queries, keys and values; attention's output; then
-    # gate, up and their product.
-    fixed = 7.0 * hidden * element + 3 * inner * element + 2 * wide
+    # gate, up and their product, or GELU's input and output.
+    fixed = 7.0 * hidden * element + (3 if gated else 2) * inner * element + 2 * wide
     if device == "cpu":
         fixed += 2 * hidden * element
     fixed *= patches
     # Rotated queries and keys, the sums of exponentials.
     attention = patches * (2 * hidden * element + vision.num_attention_heads * wide)
+    if vision.qk_layernorm:
+        attention += patches * 2 * vision.num_attention_heads * wide
+        if device == "cpu":
+            attention += patches * 2 * hidden * element
     # The activated gate.
-    activation = patches * inner * element
+    activation = patches * inner * element if gated else 0.0
     if recompute.vision == "full":
         return Saved(entry, fixed + attention + activation)
     if recompute.vision == "selective":

@@ -190,7 +190,15 @@ def _decoder_bytes(
             extra = max([extra, *(layer.kept for layer in layers)])
     counts = fullest(layout, pp, chunks)
     layers_bytes = sum(count * each for count, each in zip(counts, chunks, strict=True))
-    loss = head_bytes(language, share) if pp == layout.loss_stage else 0.0
+    loss = 0.0
+    if pp == layout.loss_stage:
+        # What predicts further ahead runs beside the loss, once per micro-batch in turn.
+        heads = 1 + (language.mtp_num_layers or 0)
+        loss = heads * head_bytes(language, share)
+        if language.mtp_num_layers:
+            ahead = decoder_layer_bytes(language, bool(kinds[-1]), share, config.recompute)
+            loss += ahead.kept + ahead.recomputed
+            loss += 4 * language.hidden_size * share.split_tokens * share.element
     return layers_bytes + extra, loss
 
 

@@ -43,20 +43,29 @@ class Parameters:
         )
 
 
-def model_parameters(model: ModelConfig) -> Parameters:
-    """The whole model, each parameter counted once."""
+def model_parameters(model: ModelConfig, prediction: bool = True) -> Parameters:
+    """The whole model, each parameter counted once.
+
+    Args:
+        model: its shape.
+        prediction: whether to count multi-token prediction: published sizes leave it out.
+    """
     language = model.language
     layers = [layer_parameters(language, bool(kind)) for kind in language.moe_layer_freq]
     tied = language.share_embeddings_and_output_weights
     tables = language.vocab_size * language.hidden_size * (1 if tied else 2)
-    return sum(layers, Parameters(decoder=tables + language.hidden_size)) + encoder_parameters(
-        model
-    )
+    total = sum(layers, Parameters(decoder=tables + language.hidden_size))
+    if prediction:
+        total += prediction_parameters(language)
+    return total + encoder_parameters(model)
 
 
 def active_parameters(language: LanguageConfig) -> int:
-    """Decoder parameters that one token passes through, both embeddings included."""
-    whole = model_parameters(ModelConfig(language=language))
+    """Decoder parameters that one token passes through, both embeddings included.
+
+    Without multi-token prediction, which no answer needs.
+    """
+    whole = model_parameters(ModelConfig(language=language), prediction=False)
     if language.num_moe_experts is None:
         return whole.total
     return whole.decoder + whole.experts * language.moe_router_topk // language.num_moe_experts
@@ -79,6 +88,10 @@ def chunk_parameters(language: LanguageConfig, layout: Layout, pp: int, chunk: i
     tied = language.share_embeddings_and_output_weights
     # A tied output layer has no weight of its own, except on a stage that does not embed.
     tables = ("E" in stage) + ("L" in stage and not (tied and "E" in stage))
+    if "L" in stage and language.mtp_num_layers:
+        # What predicts further ahead stands where the loss is, with a copy of the embedding.
+        layers.append(prediction_parameters(language, tp=layout.tp, ep=layout.ep, etp=layout.etp))
+        tables += "E" not in stage
     table = language.vocab_size * language.hidden_size // layout.tp
     final_norm = language.hidden_size if "L" in stage else 0
     return sum(layers, Parameters(decoder=tables * table + final_norm))
@@ -88,10 +101,9 @@ def layer_parameters(
     language: LanguageConfig, has_experts: bool, *, tp: int = 1, ep: int = 1, etp: int = 1
 ) -> Parameters:
     """One rank's part of one decoder layer."""
-    hidden, head = language.hidden_size, language.head_dim
-    queries, groups = language.num_attention_heads * head, language.query_groups * head
-    attention = hidden * (queries + 2 * groups) + queries * hidden
-    norms = 2 * hidden + (2 * head if language.qk_layernorm else 0)
+    hidden = language.hidden_size
+    replicated, attention = attention_parameters(language)
+    norms = 2 * hidden + replicated
     if not has_experts:
         return Parameters(decoder=norms + (attention + 3 * hidden * language.ffn_hidden_size) // tp)
     assert language.num_moe_experts is not None and language.moe_ffn_hidden_size is not None
@@ -104,15 +116,47 @@ def layer_parameters(
     )
 
 
+def attention_parameters(language: LanguageConfig) -> tuple[int, int]:
+    """Parameters of one layer's attention: held whole by every tensor rank, and cut."""
+    hidden, heads = language.hidden_size, language.num_attention_heads
+    if not language.multi_latent_attention:
+        head = language.head_dim
+        queries, groups = heads * head, language.query_groups * head
+        biases = queries + 2 * groups if language.add_qkv_bias else 0
+        norms = 2 * head if language.qk_layernorm else 0
+        return norms, hidden * (queries + 2 * groups) + biases + queries * hidden
+    compressed, rotary = language.kv_lora_rank or 0, language.qk_pos_emb_head_dim
+    queries = heads * (language.qk_head_dim + rotary)
+    whole = hidden * (compressed + rotary) + compressed
+    cut = compressed * heads * (language.qk_head_dim + language.v_head_dim)
+    cut += heads * language.v_head_dim * hidden
+    if language.q_lora_rank is None:
+        return whole, cut + hidden * queries
+    rank = language.q_lora_rank
+    return whole + hidden * rank + rank, cut + rank * queries
+
+
+def prediction_parameters(
+    language: LanguageConfig, *, tp: int = 1, ep: int = 1, etp: int = 1
+) -> Parameters:
+    """One rank's part of multi-token prediction, embedding and output layer left out."""
+    if not language.mtp_num_layers:
+        return Parameters()
+    hidden = language.hidden_size
+    kind = bool(language.moe_layer_freq[-1])
+    own = Parameters(decoder=3 * hidden + 2 * hidden * hidden)
+    return own + layer_parameters(language, kind, tp=tp, ep=ep, etp=etp)
+
+
 def encoder_parameters(model: ModelConfig) -> Parameters:
     """Trunk and adapter, alike on every rank; nothing for a model of text alone."""
     vision = model.vision
     if vision is None:
         return Parameters()
-    joined = vision.hidden_size * vision.spatial_merge_size**2
+    merged, inner = model.adapter.widths(vision)
     width = model.language.hidden_size
     norm = 2 * vision.hidden_size
-    adapter = norm + joined * joined + joined + joined * width + width
+    adapter = norm + merged * inner + inner + inner * width + width
     return Parameters(trunk=trunk_parameters(vision), adapter=adapter)
 
 
@@ -120,5 +164,8 @@ def trunk_parameters(vision: VisionConfig) -> int:
     """The NaViT alone."""
     hidden = vision.hidden_size
     patches = vision.in_channels * vision.patch_size**2 * hidden + hidden + hidden
-    block = 4 * hidden * hidden + 3 * hidden * vision.ffn_hidden_size + 2 * hidden
+    matrices = 3 if vision.gated_linear_unit else 2
+    block = 4 * hidden * hidden + matrices * hidden * vision.ffn_hidden_size + 2 * hidden
+    if vision.qk_layernorm:
+        block += 2 * hidden // vision.num_attention_heads
     return patches + vision.num_layers * block + hidden

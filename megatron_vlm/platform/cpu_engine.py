@@ -20,8 +20,7 @@ torch.distributed
     tensor parallel dispatcher needs: padded to the longest, then cut.
 megatron.core
     the jit fuser is off (no C++ compiler at run time); token_dispatcher.maybe_move_tensor_to_cpu
-    is the identity; the checkpoint writer's result queue comes from a forked manager instead of
-    a spawned one; names that exist only with Transformer Engine are defined as absent.
+    is the identity; names that exist only with Transformer Engine are defined as absent.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ import torch.utils._device
 
 _CPU = torch.device("cpu")
 _installed = False
-_manager: Any = None
 _FACTORIES = (
     "tensor as_tensor empty zeros ones full rand randn randint arange linspace eye empty_like "
     "zeros_like ones_like full_like rand_like randn_like empty_strided"
@@ -71,16 +69,6 @@ def install() -> bool:
     _import_engine()
     _substitute_engine()
     return True
-
-
-def stop_workers() -> None:
-    """End the process that carries the checkpoint writer's results, if one was started."""
-    global _manager
-    if _manager is not None:
-        import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
-
-        _manager.shutdown()
-        _manager = filesystem_async._results_queue = None
 
 
 class Stream:
@@ -313,9 +301,6 @@ def _import_engine() -> None:
 
 
 def _substitute_engine() -> None:
-    import multiprocessing
-
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -325,16 +310,7 @@ def _substitute_engine() -> None:
         # The engine makes split sizes Python integers only where they leave a GPU.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    def results_queue() -> Any:
-        # Spawning is only needed beside CUDA; a forked manager starts in milliseconds.
-        global _manager
-        if filesystem_async._results_queue is None:
-            _manager = multiprocessing.get_context("fork").Manager()
-            filesystem_async._results_queue = _manager.Queue()
-        return filesystem_async._results_queue
-
     token_dispatcher.maybe_move_tensor_to_cpu = identity
-    filesystem_async._get_write_results_queue = results_queue
     # Read unconditionally by the engine, defined only where Transformer Engine imports.
     if not hasattr(random, "FP8GlobalStateManager"):
         random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=_returning(False))

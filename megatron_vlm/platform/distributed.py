@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.platform.cpu_engine import stop_workers
+from megatron_vlm.platform.results_queue import stop_results_queue
 
 # The engine's own default is 30 minutes; collectives of a healthy step take seconds.
 _TIMEOUT = timedelta(minutes=30)
@@ -94,10 +94,15 @@ def start_distributed(world: World) -> torch.device:
     return device
 
 
-def stop() -> None:
-    """Leave the process group, if this process is in one, and end helper processes."""
-    stop_workers()
-    if dist.is_initialized():
+def stop(failed: bool = False) -> None:
+    """Leave the process group, if this process is in one, and end helper processes.
+
+    Args:
+        failed: whether this rank leaves with an error. NCCL would wait for peers that are still in
+            a collective, and the error would not be told; the process ends without it.
+    """
+    stop_results_queue()
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 

@@ -1,1 +1,1 @@
-"""Weights to and from Hugging Face: planned whole, streamed, written all or not at all."""
+"""Checkpoints to and from Hugging Face folders, and releases of a run."""

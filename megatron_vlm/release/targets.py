@@ -111,7 +111,7 @@ class ReleaseFolder:
             os.rename(self.target, self._old)
         os.rename(self.path, self.target)
         self._committed = True
-        folder.sync_folder(self.target.parent)
+        folder.sync(self.target.parent)
         shutil.rmtree(self._old, ignore_errors=True)
 
 

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_vlm.topology.layout import Coordinates, Layout
+from megatron_vlm.platform import install
+
+# Here and not for the whole room: layouts are checked without torch.
+install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+from megatron_vlm.topology.layout import Coordinates, Layout  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,21 @@ def validate(
 ) -> dict[str, float]:
     """Token-weighted losses: `validation_loss` over all sets, `validation_loss_NAME` for each.
 
-    An objective with several losses reports its weighted total there, and every loss as
-    `validation_LOSS`.
+    An objective with several losses reports its weighted total there, auxiliary ones left out, and
+    every loss as `validation_LOSS`.
     """
     weights = step.objective.loss_weights
+    main = {name: weights[name] for name in weights if name not in step.objective.auxiliary}
     metrics: dict[str, float] = {}
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     for name, data in sets.items():
         found, totals = _one_set(config, step, data, view)
-        metrics[f"validation_loss_{name}"] = _total(weights, found, totals)
+        metrics[f"validation_loss_{name}"] = _total(main, found, totals)
         for loss in weights:
             sums[loss] += found[loss]
             counts[loss] += totals[loss]
-    metrics["validation_loss"] = _total(weights, sums, counts)
+    metrics["validation_loss"] = _total(main, sums, counts)
     if len(weights) > 1:
         metrics |= {f"validation_{loss}": sums[loss] / (counts[loss] or 1.0) for loss in weights}
     return metrics

@@ -69,12 +69,15 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     layout = resolve_layout(config, world.world_size)
     training_set, held_out = open_training_set(config), open_held_out_sets(config)
     device = start_distributed(world)
+    failed = True
     try:
         topology = build_topology(layout, device)
-        return Run(config, topology, training_set, held_out).run()
+        progress = Run(config, topology, training_set, held_out).run()
+        failed = False
+        return progress
     finally:
         destroy_topology()
-        stop()
+        stop(failed)
 
 
 class Run:
@@ -93,8 +96,8 @@ class Run:
         self.is_main = topology.rank == 0
         open_logs(self.run_dir, topology.rank)
         seed_step(config.training.seed, 0)
-        self.objective = build_objective(config.training.objective, topology)
-        model = build_model(config, topology)
+        self.objective = build_objective(config.training.objective, topology, config.model)
+        model = build_model(config, topology, self.objective.predicts_ahead)
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
         tokenizer = training_set.source.index.tokenizer_path.read_text()

@@ -77,7 +77,7 @@ class MetricsWriter:
 
 def model_flops(plan: StepPlan, config: RunConfig) -> float:
     """FLOPs of one step of both towers, forward and backward, real tokens and patches only."""
-    language, vision = config.model.language, config.model.vision
+    language, vision, adapter = config.model.language, config.model.vision, config.model.adapter
     squares = sum(
         float((micro.segment_lengths.astype("float64") ** 2).sum())
         for replica in plan.micro_batches
@@ -86,7 +86,7 @@ def model_flops(plan: StepPlan, config: RunConfig) -> float:
     total = linear_flops_per_token(language) * plan.tokens + attention_flops(language, squares)
     if vision is not None:
         grids = [(picture.grid_h, picture.grid_w) for picture in plan.pictures]
-        total += encoder_flops(grids, vision, language.hidden_size) if grids else 0.0
+        total += encoder_flops(grids, vision, adapter, language.hidden_size) if grids else 0.0
     return _FORWARD_AND_BACKWARD * total
 
 
@@ -99,7 +99,7 @@ def vision_imbalance(plan: StepPlan, config: RunConfig, world_size: int) -> floa
     for picture in plan.pictures:
         grid = [(picture.grid_h, picture.grid_w)]
         loads[picture.encoder_rank] += encoder_flops(
-            grid, vision, config.model.language.hidden_size
+            grid, vision, config.model.adapter, config.model.language.hidden_size
         )
     return max(loads) * world_size / sum(loads)
 

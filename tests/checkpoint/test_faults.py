@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_vlm.checkpoint.folder import find_checkpoint, list_iterations
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
 from megatron_vlm.errors import CheckpointError
-from tests.ranks import RankFailed
+from megatron_vlm.platform import World, start_distributed, stop
+from tests.ranks import RankFailed, run_ranks
 from tests.training_case import recipe, train_case
 
 FP32 = "training.precision=fp32"
@@ -190,6 +192,56 @@ def test_what_cannot_be_gone_on_with_is_refused(
     )
     with pytest.raises(RankFailed, match=message):
         train_case(config, 1, timeout=60)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "progress is missing"),
+        ('{"progress": 3}', "progress is missing or no dict"),
+        ("[]", "holds no mapping"),
+        ('{"progress": {}, "model": {}, "precision": "fp32", "data": {}, "frozen": []}', "trained"),
+    ],
+)
+def test_state_of_another_kind_ends_every_rank(
+    damaged: Path, nano_data: Path, content: str, message: str
+) -> None:
+    """Rank 0 alone reads it: the other must not wait for it."""
+    (_newest(damaged) / "state.json").write_text(content)
+    with pytest.raises(RankFailed, match=message):
+        train_case(recipe(nano_data, damaged, FP32), 2, timeout=60)
+
+
+def _write_twice_and_die(world: World, root: Path) -> str:
+    """Two asynchronous saves; the helper of the second dies after its files are written."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from megatron_vlm.checkpoint import writer as module
+
+    start_distributed(world)
+    writer = module.CheckpointWriter(root, async_save=True, keep_last=1, keep_every=None)
+    for iteration in (1, 2):
+        if iteration == 2:
+            module._entry = lambda _: os._exit(9)  # type: ignore[assignment]
+        value = ShardedTensor.from_rank_offsets("weight", torch.full((4,), float(iteration)))
+        writer.write(iteration, {"weight": value}, {}, {})
+        try:
+            writer.wait()
+        except CheckpointError as error:
+            stop()
+            return str(error)
+    return "saved"
+
+
+@pytest.mark.distributed
+def test_helper_that_dies_after_writing(tmp_path: Path) -> None:
+    """Its files have no digests: the checkpoint is none, and the older one stays."""
+    (message,) = run_ranks(1, _write_twice_and_die, tmp_path, timeout=60)
+    assert "could not be saved" in message and "died" in message
+    assert list_iterations(tmp_path) == [1]
+    verify_files(tmp_path / "iter_0000001")
+    verify_index(tmp_path / "iter_0000001")
 
 
 @pytest.fixture

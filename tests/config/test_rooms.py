@@ -51,6 +51,35 @@ def test_the_check_above_sees_every_way_to_say_it(tmp_path: Path) -> None:
         assert any(name.startswith(DISTRIBUTED) for name in imported_names(path)), text
 
 
+def _installs(path: Path) -> bool:
+    """Whether a module calls `install()` before its first import of the engine."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Expr) and ast.unparse(node.value) == "install()":
+            return True
+        names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}."}
+        if any(name.startswith("megatron.") for name in names):
+            return False
+    return False
+
+
+def test_the_engine_is_imported_after_the_platform_is_installed() -> None:
+    """Whichever module a program imports first: what the engine has taken from torch by then stays
+    as it was."""
+    users = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        text = " ".join(ast.unparse(node) for node in imports)
+        if "from megatron." not in text and "import megatron." not in text:
+            continue
+        users += 1
+        rooms = [parent / "__init__.py" for parent in path.parents if PACKAGE in parent.parents]
+        assert any(_installs(file) for file in (path, *rooms)), path
+    assert users > 10
+
+
 def test_reading_a_configuration_imports_no_torch() -> None:
     code = "import sys, megatron_vlm.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,3 +96,41 @@ def test_without_text() -> None:
     batch = build_micro_batch(plan, None, _topology(1, 0), 0.0)
     assert batch.tokens is batch.labels is batch.loss_mask is None
     assert batch.rows.row_ids is not None and len(batch.rows.row_ids) == 32
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_one_token_further_ahead(cp: int) -> None:
+    """By a plain loop: nothing crosses a segment, and no token follows a picture's placeholder."""
+    from megatron_vlm.engine.microbatch import build_micro_batch
+
+    rng = np.random.default_rng(cp)
+    for _ in range(5):
+        plan = random_micro_batch(rng, rows=2, row_tokens=48, multiple=8)
+        loop, total = _by_loop(plan), plan.num_tokens
+        # Pictures of two tokens, away from each other: at 3 and 4 of some segments.
+        starts = [i for i, (segment, place, _, real) in enumerate(loop) if place == 3 and real]
+        plan = replace(plan, picture_spans=np.array([[i, 2] for i in starts]).reshape(-1, 2))
+        pictures = {i + offset for i in starts for offset in (0, 1)}
+        text = TextBatch(
+            tokens=torch.arange(total) + 1000,
+            labels=torch.arange(total) + 2000,
+            loss_mask=torch.rand(total) + 0.5,
+            position_ids=torch.zeros(total, dtype=torch.int64),
+        )
+        for rank in range(cp):
+            plain = build_micro_batch(plan, text, _topology(cp, rank), balance_weight=0.5)
+            assert plain.ahead is None and plain.rows.next_tokens is None
+            batch = build_micro_batch(
+                plan, text, _topology(cp, rank), balance_weight=0.5, predict_ahead=True
+            )
+            assert batch.ahead is not None and batch.rows.next_tokens is not None
+            assert batch.tokens is not None and batch.rows.position_ids is not None
+            for column, token in enumerate((batch.tokens[0] - 1000).tolist()):
+                inside = token + 1 < total and loop[token + 1][0] == loop[token][0]
+                following = token + 1 if inside else token
+                assert batch.rows.next_tokens[0, column] == following + 1000
+                assert batch.ahead.labels[0, column] == following + 2000
+                counts = inside and following not in pictures
+                expected = text.loss_mask[following] if counts else torch.zeros(())
+                assert batch.ahead.loss_mask[0, column] == expected
+                assert batch.rows.position_ids[column] == loop[token][1]

@@ -22,7 +22,7 @@ def test_unknown_objective() -> None:
     from megatron_vlm.engine.objective import build_objective
 
     with pytest.raises(ConfigError) as caught:
-        build_objective("next_tokens", None)  # type: ignore[arg-type]
+        build_objective("next_tokens", None, None)  # type: ignore[arg-type]
     message = str(caught.value)
     assert "training.objective 'next_tokens'" in message and "next_token" in message
     assert "\n" not in message
@@ -39,11 +39,12 @@ def test_registered_objective(monkeypatch: pytest.MonkeyPatch) -> None:
 
     objective.register_objective("mine", Mine)
     topology: Any = SimpleNamespace()
-    built = objective.build_objective("mine", topology)
+    model: Any = SimpleNamespace(language=SimpleNamespace(mtp_num_layers=None))
+    built = objective.build_objective("mine", topology, model)
     assert type(built) is Mine and built.topology is topology
-    assert type(objective.build_objective("next_token", topology)) is objective.NextToken
+    assert type(objective.build_objective("next_token", topology, model)) is objective.NextToken
     with pytest.raises(ConfigError, match="next_token.*mine"):
-        objective.build_objective("other", topology)
+        objective.build_objective("other", topology, model)
 
 
 @pytest.mark.unit
@@ -54,9 +55,11 @@ def test_next_token_sums_answers_alone() -> None:
     logits = torch.randn(1, 6, 5, dtype=torch.float64)
     labels = torch.tensor([[0, 4, 2, 1, 1, 3]])
     mask = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0, 0.0]])
-    batch: Any = SimpleNamespace(labels=labels, loss_mask=mask)
+    batch: Any = SimpleNamespace(labels=labels, loss_mask=mask, ahead=None)
     group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    objective = NextToken(SimpleNamespace(language=SimpleNamespace(tp=group)))  # type: ignore[arg-type]
+    topology: Any = SimpleNamespace(language=SimpleNamespace(tp=group))
+    model: Any = SimpleNamespace(language=SimpleNamespace(mtp_num_layers=None))
+    objective = NextToken(topology, model)
     expected = sum(
         -float(logits[0, i, labels[0, i]] - np.log(sum(np.exp(float(x)) for x in logits[0, i])))
         for i in (0, 2, 3)

@@ -64,17 +64,22 @@ CASES = {
 }
 
 
+def random_rows(language: LanguageConfig, generator: torch.Generator) -> list[list[list[int]]]:
+    """Documents of random tokens, row by row."""
+    return [
+        [torch.randint(language.vocab_size, (n,), generator=generator).tolist() for n in row]
+        for row in DOCUMENTS
+    ]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_match_transformers(case: str) -> None:
     language = LanguageConfig(**CASES[case])
     generator = torch.Generator().manual_seed(len(case))
-    rows = [
-        [torch.randint(language.vocab_size, (n,), generator=generator).tolist() for n in row]
-        for row in DOCUMENTS
-    ]
-    (ours,) = run_ranks(1, _our_step, language, rows)
+    rows = random_rows(language, generator)
+    (ours,) = run_ranks(1, our_step, language, rows)
     loss, gradients = _their_step(to_dots1(ours["weights"], language), language, rows)
-    assert ours["loss"] == pytest.approx(loss, rel=TOLERANCE)
+    assert ours["losses"]["lm_loss"] == pytest.approx(loss, rel=TOLERANCE)
     renamed = to_dots1(ours["gradients"], language)
     assert renamed.keys() == gradients.keys()
     for name, expected in gradients.items():
@@ -83,7 +88,8 @@ def test_loss_and_gradients_match_transformers(case: str) -> None:
         assert (found - expected).norm() <= TOLERANCE * expected.norm(), name
 
 
-def _our_step(world: World, language: LanguageConfig, rows: list) -> dict[str, Any]:
+def our_step(world: World, language: LanguageConfig, rows: list) -> dict[str, Any]:
+    """Losses, weights and gradients of one step of ours in float64, from random weights."""
     # Here and not at the top: these import the engine, which must stay out of test collection.
     from megatron_vlm.engine.objective import build_objective
     from megatron_vlm.engine.step import TrainStep
@@ -102,20 +108,20 @@ def _our_step(world: World, language: LanguageConfig, rows: list) -> dict[str, A
         ),
     )
     topology = build_topology(resolve_layout(config, 1), start_distributed(world))
-    model = build_model(config, topology)
+    model = build_model(config, topology, predicts_ahead=True)
     (chunk,) = model.chunks
     _randomize(chunk)
     weights = dict(chunk.named_parameters())
     biases = {name: b for name, b in chunk.named_buffers() if name.endswith("expert_bias")}
     kept = {name: value.detach().clone() for name, value in (weights | biases).items()}
     trainable = make_trainable(model, config)
-    objective = build_objective("next_token", topology)
+    objective = build_objective("next_token", topology, config.model)
     step = TrainStep(config, topology, model, objective, chunks=list(trainable.chunks))
     result = step.train(text_step(rows, SEQ_LENGTH, pad_multiple=4))
     gradients = {name: value.main_grad.clone() for name, value in weights.items()}
     destroy_topology()
     stop()
-    return {"loss": result.losses["lm_loss"], "weights": kept, "gradients": gradients}
+    return {"losses": result.losses, "weights": kept, "gradients": gradients}
 
 
 @torch.no_grad()

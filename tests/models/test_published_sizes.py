@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,11 +22,35 @@ from tests.training_case import RECIPE
 
 pytestmark = pytest.mark.distributed
 
-# dots.llm1's report: 142B in all, 14B active; to the last parameter from its published config.
-DOTS_LLM1 = 142_774_373_888
-DOTS_LLM1_ACTIVE = 14_016_581_120
-# dots.vlm1's blog: an encoder of 1.2B; the trunk from dots.ocr's published config.
-TRUNK = 1_214_894_592
+
+class Published(NamedTuple):
+    """Parameters to the last one, from the published configuration."""
+
+    decoder: int
+    """Without multi-token prediction."""
+    active: int
+    """Of the decoder for one token, both embeddings included."""
+    trunk: int = 0
+    """Of the encoder, without what joins it to the decoder."""
+
+
+# dots.llm1's report: 142B in all, 14B active.
+DOTS_LLM1 = (142_774_373_888, 14_016_581_120)
+# DeepSeek-V3's report: 671B in all, 37B active; its published weights hold 671,026,419,200, with
+# the 256 biases of each of 58 routers, which are no parameters here.
+DEEPSEEK_V3 = (671_026_419_200 - 58 * 256, 37_552_282_624)
+# dots.vlm1's blog: an encoder of 1.2B.
+NAVIT = 1_214_894_592
+PUBLISHED = {
+    "dots-llm1": Published(*DOTS_LLM1),
+    "deepseek-v3": Published(*DEEPSEEK_V3),
+    "dots-vlm-142b": Published(*DOTS_LLM1, NAVIT),
+    "dots-vlm1": Published(*DEEPSEEK_V3, NAVIT),
+    # Qwen2's 1.5B shape, untied.
+    "dots-ocr": Published(1_777_088_000, 1_777_088_000, NAVIT),
+    # Seed1.5-VL's report: an encoder of 532M; of the decoder only "20B active" is known.
+    "seed-vlm": Published(197_609_411_584, 19_246_633_984, 531_667_200),
+}
 
 _GIB = 1 << 30
 
@@ -62,10 +86,18 @@ def _build(world: World, config: RunConfig) -> dict[str, Any]:
     torch.cuda.current_device = lambda: meta  # type: ignore[assignment,return-value]
     with _OnMeta():
         model = build_model(config, replace(topology, device=meta))
-    layers = model.chunks[0].decoder.layers
     counts = {
         "decoder": sum(p.numel() for p in model.chunks[0].parameters()),
-        "experts": sum(p.numel() for layer in layers[1:] for p in layer.mlp.experts.parameters()),
+        "experts": sum(
+            p.numel() for name, p in model.chunks[0].named_parameters() if ".mlp.experts." in name
+        ),
+        "ahead": sum(
+            p.numel()
+            for name, p in model.chunks[0].named_parameters()
+            if name.startswith("multi_token.")
+        ),
+        "trunk": 0,
+        "adapter": 0,
         "devices": {p.device.type for p in model.chunks[0].parameters()},
     }
     if model.encoder is not None:
@@ -76,24 +108,43 @@ def _build(world: World, config: RunConfig) -> dict[str, Any]:
     return counts
 
 
-def test_dots_llm1() -> None:
-    config = _config("dots-llm1")
-    found = run_ranks(1, _build, config, timeout=60)[0]
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_size(model: str) -> None:
+    published = PUBLISHED[model]
+    config = _config(model)
+    found = run_ranks(1, _build, config, timeout=120)[0]
     planned = model_parameters(config.model)
     assert found["devices"] == {"meta"} and found["gib"] < 2
-    assert found["decoder"] == planned.total == DOTS_LLM1
+    assert found["decoder"] - found["ahead"] == published.decoder
+    assert found["decoder"] == planned.decoder + planned.experts
     assert found["experts"] == planned.experts
-    # A token takes 6 of the 128 experts of each layer and everything else.
-    active = found["decoder"] - found["experts"] + found["experts"] * 6 // 128
-    assert active == active_parameters(config.model.language) == DOTS_LLM1_ACTIVE
-
-
-def test_dots_vlm() -> None:
-    config = _config("dots-vlm-142b")
-    found = run_ranks(1, _build, config, timeout=60)[0]
-    planned = model_parameters(config.model)
-    assert found["gib"] < 2
-    assert config.model.vision is not None
-    assert found["trunk"] == planned.trunk == trunk_parameters(config.model.vision) == TRUNK
+    # A token takes so many of the experts of each layer, and everything else.
+    main = model_parameters(config.model, prediction=False)
+    language = config.model.language
+    experts = main.experts * language.moe_router_topk // (language.num_moe_experts or 1)
+    assert main.decoder + experts == active_parameters(language) == published.active
+    assert found["trunk"] == planned.trunk == published.trunk
     assert found["adapter"] == planned.adapter
-    assert found["decoder"] == DOTS_LLM1
+    if config.model.vision is not None:
+        assert planned.trunk == trunk_parameters(config.model.vision)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_twin_has_every_trait(model: str) -> None:
+    """Whatever a published model switches on or off, its twin does too, in 30M parameters."""
+    whole, twin = _config(model).model, _config(f"{model}-twin").model
+    assert model_parameters(twin).total < 30e6
+    assert (whole.vision is None) == (twin.vision is None)
+    for big, small in ((whole.language, twin.language), (whole.vision, twin.vision)):
+        if big is None or small is None:
+            continue
+        for name in type(big).model_fields:
+            mine, theirs = getattr(small, name), getattr(big, name)
+            if theirs is None or isinstance(theirs, (bool, str)):
+                assert mine == theirs, name
+            else:
+                assert mine is not None, name
+    assert whole.adapter.merge == twin.adapter.merge
+    grouped = whole.language.query_groups < whole.language.num_attention_heads
+    assert grouped == (twin.language.query_groups < twin.language.num_attention_heads)
+    assert twin.language.moe_router_topk < (twin.language.num_moe_experts or 99)

@@ -33,6 +33,21 @@ VISION = VisionConfig(
 )
 ADAPTER = AdapterConfig(layernorm_epsilon=1e-2)
 LANGUAGE = 40
+SEED = VISION.model_copy(update={"gated_linear_unit": False, "qk_layernorm": True})
+OPTIONS = {
+    "dots": (VISION, ADAPTER),
+    "seed": (SEED, AdapterConfig(merge="average", layernorm_epsilon=1e-2)),
+    "average_wide": (VISION, AdapterConfig(merge="average", hidden_size=56)),
+    "narrow": (VISION, AdapterConfig(hidden_size=24)),
+}
+"""dots.vlm1's encoder, and the departures from it that a configuration may ask for."""
+SEED_PUBLISHED = VisionConfig(
+    num_layers=27,
+    hidden_size=1280,
+    num_attention_heads=20,
+    ffn_hidden_size=5120,
+    gated_linear_unit=False,
+)
 PUBLISHED = VisionConfig(
     num_layers=42, hidden_size=1536, num_attention_heads=12, ffn_hidden_size=4224
 )
@@ -41,9 +56,11 @@ SIZES = [(28, 28), (112, 56), (28, 168), (84, 84), (56, 28)]
 """Height and width in pixels: every multiple of 28 is a size of its own."""
 
 
-def build(recompute: str = "none", dtype: torch.dtype = torch.float64) -> VisionEncoder:
+def build(
+    recompute: str = "none", dtype: torch.dtype = torch.float64, option: str = "dots"
+) -> VisionEncoder:
     """An encoder whose every parameter is random, norms and biases included."""
-    encoder = VisionEncoder(VISION, ADAPTER, LANGUAGE, recompute)  # type: ignore[arg-type]
+    encoder = VisionEncoder(*OPTIONS[option], LANGUAGE, recompute)  # type: ignore[arg-type]
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
@@ -100,6 +117,10 @@ def turn(x: Tensor, height: int, width: int) -> Tensor:
     return torch.cat([turned.real, turned.imag], 1)
 
 
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
 def plain_trunk(state: dict[str, Tensor], image: Tensor) -> Tensor:
     """One picture [3, height, width] -> [patches, hidden] in raster order."""
     hidden, heads = VISION.hidden_size, VISION.num_attention_heads
@@ -119,33 +140,45 @@ def plain_trunk(state: dict[str, Tensor], image: Tensor) -> Tensor:
         attended = []
         for head in range(heads):
             part = slice(head * size, (head + 1) * size)
-            q = turn(y @ q_weight[part].T, height, width)
-            k = turn(y @ k_weight[part].T, height, width)
+            q, k = y @ q_weight[part].T, y @ k_weight[part].T
+            if "q_norm.weight" in weights:
+                q, k = rms_norm(q, weights["q_norm.weight"]), rms_norm(k, weights["k_norm.weight"])
+            q, k = turn(q, height, width), turn(k, height, width)
             scores = torch.einsum("qc,kc->qk", q, k) / size**0.5
             attended.append(scores.softmax(1) @ (y @ v_weight[part].T))
         x = x + torch.cat(attended, 1) @ weights["proj.weight"].T
         y = rms_norm(x, weights["norm2.weight"])
-        gate, up = y @ weights["fc1.weight"].T, y @ weights["fc3.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ weights["fc2.weight"].T
+        first = y @ weights["fc1.weight"].T
+        if "fc3.weight" in weights:
+            inner = first * torch.sigmoid(first) * (y @ weights["fc3.weight"].T)
+        else:
+            inner = gelu(first)
+        x = x + inner @ weights["fc2.weight"].T
     return rms_norm(x, state["post_trunk_norm.weight"])
 
 
-def plain_adapter(state: dict[str, Tensor], x: Tensor, height: int, width: int) -> Tensor:
+def plain_adapter(
+    state: dict[str, Tensor], x: Tensor, height: int, width: int, adapter: AdapterConfig
+) -> Tensor:
     """[patches, hidden] in raster order -> [tokens, LANGUAGE]."""
     mean = x.mean(1, keepdim=True)
-    deviation = ((x - mean).square().mean(1, keepdim=True) + ADAPTER.layernorm_epsilon).sqrt()
+    deviation = ((x - mean).square().mean(1, keepdim=True) + adapter.layernorm_epsilon).sqrt()
     x = ((x - mean) / deviation * state["norm.weight"] + state["norm.bias"]).view(height, width, -1)
     tokens = []
     for row in range(0, height, 2):
         for column in range(0, width, 2):
-            four = torch.cat([x[row + i, column + j] for i in range(2) for j in range(2)])
-            y = state["fc1.weight"] @ four + state["fc1.bias"]
-            y = y * 0.5 * (1 + torch.erf(y / 2**0.5))
+            four = [x[row + i, column + j] for i in range(2) for j in range(2)]
+            merged = (
+                sum(four, torch.zeros(())) / 4 if adapter.merge == "average" else torch.cat(four)
+            )
+            y = gelu(state["fc1.weight"] @ merged + state["fc1.bias"])
             tokens.append(state["fc2.weight"] @ y + state["fc2.bias"])
     return torch.stack(tokens)
 
 
-def plain_encoder(encoder: VisionEncoder, images: list[Tensor]) -> tuple[Tensor, Tensor]:
+def plain_encoder(
+    encoder: VisionEncoder, images: list[Tensor], option: str = "dots"
+) -> tuple[Tensor, Tensor]:
     """Trunk features in packed order, and tokens."""
     trunk = dict(encoder.trunk.named_parameters())
     adapter = dict(encoder.adapter.named_parameters())
@@ -154,23 +187,27 @@ def plain_encoder(encoder: VisionEncoder, images: list[Tensor]) -> tuple[Tensor,
         height, width = image.shape[1] // 14, image.shape[2] // 14
         raster = plain_trunk(trunk, image)
         features.append(raster[block_order(height, width)])
-        tokens.append(plain_adapter(adapter, raster, height, width))
+        tokens.append(plain_adapter(adapter, raster, height, width, OPTIONS[option][1]))
     return torch.cat(features), torch.cat(tokens)
 
 
-def test_equals_the_plain_encoder() -> None:
-    encoder, images = build(), pictures(SIZES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_equals_the_plain_encoder(option: str) -> None:
+    encoder, images = build(option=option), pictures(SIZES)
     pixels, grid_hw = pack(images)
-    features, tokens = plain_encoder(encoder, images)
+    features, tokens = plain_encoder(encoder, images, option)
     torch.testing.assert_close(encoder.trunk(pixels, grid_hw), features)
     torch.testing.assert_close(encoder(pixels, grid_hw), tokens)
 
 
-def test_gradients_equal_the_plain_encoder() -> None:
-    encoder, images = build(), pictures(SIZES[:3])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradients_equal_the_plain_encoder(option: str) -> None:
+    encoder, images = build(option=option), pictures(SIZES[:3])
     parameters = list(encoder.parameters())
     ours = torch.autograd.grad(encoder(*pack(images)).square().sum(), parameters)
-    theirs = torch.autograd.grad(plain_encoder(encoder, images)[1].square().sum(), parameters)
+    theirs = torch.autograd.grad(
+        plain_encoder(encoder, images, option)[1].square().sum(), parameters
+    )
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9 * float(other.abs().max()))
 
@@ -217,13 +254,14 @@ def test_no_picture_gives_no_token_and_zero_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recompute_changes_no_bit(mode: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("option", ["dots", "seed"])
+def test_recompute_changes_no_bit(option: str, mode: str, dtype: torch.dtype) -> None:
     images = pictures(SIZES)
     pixels, grid_hw = pack(images)
     results: list[list[Any]] = []
     saved: list[int] = []
     for recompute in ("none", mode):
-        encoder = build(recompute, dtype)
+        encoder = build(recompute, dtype, option)
         weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
         kept: dict[int, int] = {}
 
@@ -258,11 +296,12 @@ def test_grids_that_do_not_fit_are_refused() -> None:
 
 
 def _on_meta() -> None:
-    """Print the shapes of the published trunk and of an adapter to 7,168 channels, as JSON."""
+    """Print the shapes of the published trunks and of an adapter to 7,168 channels, as JSON."""
     with torch.device("meta"):
         trunk = NaViT(PUBLISHED)
         adapter = Adapter(AdapterConfig(), PUBLISHED, 7168)
-    modules = {"trunk": trunk, "adapter": adapter}
+        seed = NaViT(SEED_PUBLISHED)
+    modules = {"trunk": trunk, "adapter": adapter, "seed": seed}
     assert all(p.is_meta for module in modules.values() for p in module.parameters())
     shapes = {
         part: {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -272,7 +311,7 @@ def _on_meta() -> None:
 
 
 def test_published_sizes() -> None:
-    """dots.vlm1 gives 1.2B for its encoder; its adapter leads to 7,168 channels.
+    """dots.vlm1 gives 1.2B for its encoder, whose adapter leads to 7,168 channels.
 
     In a process of its own: here the engine's CPU platform may have wrapped torch's factories.
     """
@@ -294,3 +333,8 @@ def test_published_sizes() -> None:
     assert shapes["trunk"]["patch_embed.proj.bias"] == [1536]
     merged = 4 * width
     assert counts["adapter"] == 2 * width + (merged + 7168) * (merged + 1) == 81_805_312
+    # Seed1.5-VL gives 532M for its encoder.
+    width, inner = 1280, 5120
+    embed = 14 * 14 * 3 * width + width + width
+    block = 4 * width**2 + 2 * width * inner + 2 * width
+    assert counts["seed"] == embed + 27 * block + width == 531_667_200

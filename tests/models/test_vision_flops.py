@@ -16,19 +16,29 @@ pytestmark = pytest.mark.unit
 
 VISION = VisionConfig(num_layers=3, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96)
 LANGUAGE = 80
+ADAPTER = AdapterConfig()
+SEED = VISION.model_copy(update={"gated_linear_unit": False, "qk_layernorm": True})
+OPTIONS = {
+    "dots": (VISION, ADAPTER),
+    "seed": (SEED, AdapterConfig(merge="average")),
+    "average_wide": (VISION, AdapterConfig(merge="average", hidden_size=112)),
+    "narrow": (VISION, AdapterConfig(hidden_size=48)),
+}
 
 
 def _attention(q: list[int], k: list[int], v: list[int], *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(
     # Short pictures of several sizes would be padded together, and the padding counted.
     "grids",
     [[(4, 6)], [(2, 8), (4, 4), (8, 2)], [(12, 16), (10, 20), (16, 14)]],
 )
-def test_equals_what_torch_counts(grids: list[tuple[int, int]]) -> None:
-    encoder = VisionEncoder(VISION, AdapterConfig(), LANGUAGE)
+def test_equals_what_torch_counts(grids: list[tuple[int, int]], option: str) -> None:
+    vision, adapter = OPTIONS[option]
+    encoder = VisionEncoder(vision, adapter, LANGUAGE)
     patches = sum(height * width for height, width in grids)
     # torch has formulas for the fused attention of GPUs alone.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -38,14 +48,14 @@ def test_equals_what_torch_counts(grids: list[tuple[int, int]]) -> None:
     assert "aten._scaled_dot_product_flash_attention_for_cpu" in {
         str(name) for name in counter.get_flop_counts()["Global"]
     }
-    assert encoder_flops(grids, VISION, LANGUAGE) == counter.get_total_flops()
+    assert encoder_flops(grids, vision, adapter, LANGUAGE) == counter.get_total_flops()
 
 
 def test_pictures_add_up_and_none_costs_nothing() -> None:
     grids = [(2, 4), (30, 12), (64, 64)]
-    parts = [encoder_flops([grid], VISION, LANGUAGE) for grid in grids]
-    assert encoder_flops(grids, VISION, LANGUAGE) == pytest.approx(sum(parts), rel=1e-15)
-    assert encoder_flops([], VISION, LANGUAGE) == 0
+    parts = [encoder_flops([grid], VISION, ADAPTER, LANGUAGE) for grid in grids]
+    assert encoder_flops(grids, VISION, ADAPTER, LANGUAGE) == pytest.approx(sum(parts), rel=1e-15)
+    assert encoder_flops([], VISION, ADAPTER, LANGUAGE) == 0
 
 
 def test_published_encoder_on_its_largest_picture() -> None:
@@ -56,5 +66,5 @@ def test_published_encoder_on_its_largest_picture() -> None:
     linear = 2 * 57_600 * (42 * (4 * 1536**2 + 3 * 1536 * 4224) + 588 * 1536)
     adapter = 2 * 14_400 * (6144 * 6144 + 6144 * 7168)
     attention = 42 * 12 * 2 * (2 * 57_600 * 57_600 * 128)
-    assert encoder_flops([(240, 240)], vision, 7168) == linear + adapter + attention
+    assert encoder_flops([(240, 240)], vision, ADAPTER, 7168) == linear + adapter + attention
     assert attention > linear + adapter

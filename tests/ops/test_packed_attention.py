@@ -282,6 +282,32 @@ def test_every_segment_has_one_place_in_the_plan(seed: int, width: int) -> None:
         assert len(plan.groups) < len(placed) / 2, "short segments must share kernel calls"
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("knows_gqa", [True, False])
+def test_torchs_own_is_asked_in_words_it_knows(
+    knows_gqa: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.11 knows no shared keys, later ones do. What it is asked for is computed here."""
+    from torch.nn.attention import varlen
+
+    from megatron_vlm.ops import attention
+
+    def plain(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, **more):  # type: ignore[no-untyped-def]
+        assert more == ({"enable_gqa": True} if knows_gqa else {})
+        assert (max_q, max_k) == (17, 17) and cu_q is cu_k
+        assert window_size == ((-1, 0) if causal else (-1, -1))
+        assert knows_gqa or q.shape[1] == k.shape[1]
+        return reference(q, k, v, self_masks([5, 17], causal), scale)
+
+    monkeypatch.setattr(varlen, "varlen_attn", plain)
+    options = {"window_size", "scale", *(["enable_gqa"] if knows_gqa else [])}
+    monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset(options))
+    q, k, v = tensors(torch.float64, (22, 22), 4, 2, (10, 6))
+    found = attention._varlen(q, k, v, bounds([5, 17]), causal, 0.3, None)
+    expected = reference(q, k, v, self_masks([5, 17], causal), 0.3)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -45,6 +45,22 @@ def _layout(
 DENSE = "model.language.num_moe_experts=null"
 TIED = "model.language.share_embeddings_and_output_weights=true"
 
+# DeepSeek-V3's traits: latent attention with YaRN, groups of experts, one more token predicted.
+DEEPSEEK = (
+    "model.language.kv_lora_rank=16",
+    "model.language.q_lora_rank=24",
+    "model.language.qk_head_dim=16",
+    "model.language.qk_pos_emb_head_dim=8",
+    "model.language.v_head_dim=12",
+    "model.language.rotary_interleaved=true",
+    "model.language.rope_scaling={type: yarn, factor: 8, original_max_position_embeddings: 32, "
+    "mscale: 1, mscale_all_dim: 0.7}",
+    "model.language.moe_router_num_groups=4",
+    "model.language.moe_router_group_topk=2",
+    "model.language.mtp_num_layers=1",
+    "model.language.mtp_loss_scaling_factor=0.3",
+)
+
 # The quick ones are chosen so that every two of TP+SP, PP, VPP, uneven stages, CP, EP, expert TP,
 # DP, overlap and micro-batch size 2 that can run together meet in at least one of them.
 LAYOUTS: dict[str, Layout] = {
@@ -76,7 +92,21 @@ LAYOUTS: dict[str, Layout] = {
         4, tp=2, pp=2, vpp=2, ep=2, overlap=True, stages="Et|t|tt|L", mbs=2
     ),
     "dp2_pp2_mbs2_cp2": _layout(8, pp=2, cp=2, mbs=2),
+    # One expert a rank: the combined schedule hands it its input without a copy.
+    "ep4_overlap_one_expert": _layout(
+        4, "model.language.num_moe_experts=4", ep=4, overlap=True, quick=True
+    ),
     # One matrix for the first and the last stage, which holds its own copy of it.
     "tied_dp2_pp2": _layout(4, TIED, pp=2, quick=True),
     "tied_tp2_pp2_vpp2": _layout(4, TIED, tp=2, pp=2, vpp=2),
+    "deepseek_tp2_dense": _layout(2, *DEEPSEEK, DENSE, tp=2, quick=True),
+    "deepseek_tp2_sp": _layout(2, *DEEPSEEK, tp=2),
+    "deepseek_pp2": _layout(2, *DEEPSEEK, pp=2),
+    "deepseek_cp2": _layout(2, *DEEPSEEK, cp=2),
+    "deepseek_ep2_mbs2": _layout(2, *DEEPSEEK, ep=2, mbs=2),
+    "deepseek_tp2_pp2_ep2": _layout(8, *DEEPSEEK, tp=2, pp=2, ep=2, quick=True),
+    "deepseek_pp2_vpp2_ep2_overlap": _layout(
+        4, *DEEPSEEK, pp=2, vpp=2, ep=2, overlap=True, stages="Et|t|tt|L", quick=True, fp32=True
+    ),
+    "deepseek_dp2_pp2_cp2": _layout(8, *DEEPSEEK, pp=2, cp=2),
 }

@@ -24,7 +24,7 @@ from megatron_vlm.engine.objective import (
     segment_sums,
 )
 from megatron_vlm.engine.step import TrainStep
-from tests.parallel.layouts import LAYOUTS
+from tests.parallel.layouts import DEEPSEEK, LAYOUTS
 from tests.training_case import differences, recipe, train_case
 
 BETA = 0.5
@@ -116,6 +116,22 @@ def test_preference_equals_one_process(name: str, nano_data: Path, tmp_path: Pat
             if key in mine:
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-11)
     assert "validation_preference_loss" in one.metrics[-1]
+
+
+@pytest.mark.distributed
+def test_further_prediction_rests_where_it_is_not_trained(nano_data: Path, tmp_path: Path) -> None:
+    """A model with multi-token prediction under an objective without: nobody waits for its
+    gradients, and its weights stay."""
+    words = (*DEEPSEEK, "training.precision=fp32", "optimizer.adam_eps=1e-6")
+    overlaps = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+    sharded = [f"optimizer.{name}=true" for name in overlaps]
+    one = _train(nano_data, tmp_path / "one", 1, *words)
+    run = _train(nano_data, tmp_path / "run", 4, *words, *LAYOUTS["pp2"].overrides, *sharded)
+    assert max(differences(run, one).values()) < 1e-5
+    assert "mtp_loss" not in one.metrics[-1]
+    for name, value in one.parameters.items():
+        if ".mtp." in name and name.endswith("norm.weight"):
+            assert bool((value == 1).all()), name
 
 
 @pytest.mark.distributed

@@ -17,6 +17,7 @@ from megatron_vlm.planning.activations import (
 )
 from megatron_vlm.planning.memory import Assumptions, share_of
 from megatron_vlm.topology.layout import resolve_layout
+from tests.parallel.layouts import DEEPSEEK
 from tests.planning.saved import decoder_layers, saved_bytes
 from tests.ranks import run_ranks
 from tests.training_case import RECIPE
@@ -25,6 +26,11 @@ TOLERANCE = 0.15
 TOKENS = 512
 
 TP2 = "parallel.tensor_model_parallel_size=2"
+WIDE_LATENT = (
+    "model.language.qk_head_dim=48",
+    "model.language.qk_pos_emb_head_dim=16",
+    "model.language.v_head_dim=48",
+)
 EP2 = "parallel.expert_model_parallel_size=2"
 CASES: dict[int, dict[str, tuple[str, ...]]] = {
     1: {
@@ -41,6 +47,10 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
         ),
         "moe_act": ("recompute.language=selective", "recompute.language_modules=[moe_act]"),
         "layernorm": ("recompute.language=selective", "recompute.language_modules=[layernorm]"),
+        "deepseek": DEEPSEEK,
+        "deepseek_wide": (*DEEPSEEK, *WIDE_LATENT),
+        "deepseek_full_queries": (*DEEPSEEK, "model.language.q_lora_rank=null"),
+        "deepseek_core_attn": (*DEEPSEEK, "recompute.language=selective"),
     },
     2: {
         "tp2": (TP2,),
@@ -49,6 +59,8 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
         "ep2_allgather": (EP2, "model.language.moe_token_dispatcher_type=allgather"),
         "cp2": ("parallel.context_parallel_size=2",),
         "cp2_core_attn": ("parallel.context_parallel_size=2", "recompute.language=selective"),
+        "deepseek_tp2": (*DEEPSEEK, TP2),
+        "deepseek_cp2": (*DEEPSEEK, "parallel.context_parallel_size=2"),
     },
     4: {"tp2_ep2_etp2": (TP2, EP2, "parallel.expert_tensor_parallel_size=2")},
 }
@@ -121,7 +133,12 @@ def _encoder_saves(config: RunConfig, grid: torch.Tensor) -> int:
     return saved_bytes(lambda: encoder(pixels, grid), encoder.parameters())
 
 
+SEED = ("model.vision.gated_linear_unit=false", "model.adapter.merge=average")
+QK_NORM = ("model.vision.qk_layernorm=true",)
+
+
 @pytest.mark.unit
+@pytest.mark.parametrize("options", [(), SEED, QK_NORM, ("model.adapter.hidden_size=512",)])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -132,8 +149,8 @@ def _encoder_saves(config: RunConfig, grid: torch.Tensor) -> int:
         "training.freeze=[vision,adapter]",
     ],
 )
-def test_encoder(overrides: str) -> None:
-    config, grid = _config(overrides), torch.tensor([[16, 20], [12, 18]])
+def test_encoder(overrides: str, options: tuple[str, ...]) -> None:
+    config, grid = _config(overrides, *options), torch.tensor([[16, 20], [12, 18]])
     patches = 16 * 20 + 12 * 18
     planned = encoder_bytes(
         config.model, patches, 4, config.recompute, "cpu", config.training.freeze
@@ -142,11 +159,12 @@ def test_encoder(overrides: str) -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("options", [(), SEED, QK_NORM])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_encoder_block(recompute: str) -> None:
+def test_encoder_block(recompute: str, options: tuple[str, ...]) -> None:
     grid = torch.tensor([[20, 24]])
     two, three = (
-        _config(f"recompute.vision={recompute}", f"model.vision.num_layers={layers}")
+        _config(f"recompute.vision={recompute}", f"model.vision.num_layers={layers}", *options)
         for layers in (2, 3)
     )
     one_more = _encoder_saves(three, grid) - _encoder_saves(two, grid)

@@ -45,7 +45,6 @@ SUBSTITUTED = {
 
 ENGINE = {
     "megatron.core.transformer.moe.token_dispatcher": "maybe_move_tensor_to_cpu",
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": "_get_write_results_queue",
 }
 
 # Records every attribute of every owner, installs, and prints what became of them.
@@ -119,7 +118,6 @@ def test_docstring_names_every_call() -> None:
         "device properties and capability": "get_device_properties get_device_capability",
         "nvtx": SUBSTITUTED["torch.cuda.nvtx"],
         "factory functions": SUBSTITUTED["torch"],
-        "result queue": "_get_write_results_queue",
     }
     phrase = {name: words for words, names in together.items() for name in names.split()}
     for listed in (*SUBSTITUTED.values(), *ENGINE.values()):
@@ -219,10 +217,12 @@ def test_engine_random_tracker() -> None:
     tracker = CudaRNGStatesTracker()
     tracker.add("inner", 5)
     torch.manual_seed(6)
-    outer = torch.get_rng_state()
+    outer = torch.rand(3)
+    torch.manual_seed(6)
     with tracker.fork("inner"):
         first = torch.rand(3)
-    assert torch.equal(torch.get_rng_state(), outer)
+    # By what it draws: the bytes of a state hold gaps that mean nothing and differ now and then.
+    assert torch.equal(torch.rand(3), outer)
     with tracker.fork("inner"):
         second = torch.rand(3)
     torch.manual_seed(5)

@@ -243,3 +243,19 @@ def test_started_by_mpirun(tmp_path: Path) -> None:
     answers = _start(command, tmp_path, **asked)
     expected = [[rank, 2, rank, "mpirun", 11.0, rank, 2, False] for rank in range(2)]
     assert answers == expected
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("failed", "left"), [(True, False), (False, True)])
+def test_a_failing_rank_does_not_wait_for_nccl(
+    failed: bool, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers are in a collective: waiting for them, it would never tell its error."""
+    from megatron_vlm.platform import distributed
+
+    done = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: done.append(True))
+    distributed.stop(failed)
+    assert bool(done) is left

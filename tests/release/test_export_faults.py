@@ -106,7 +106,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         _edit_state(lambda s: s["model"]["language"].update(ffn_hidden_size=64)),
         r"linear_fc1\.weight is torch\.bfloat16 \[96, 32\]; expected numbers \[128, 32\]",
     ),
-    "no model": (_edit_state(lambda s: s.pop("model")), "does not describe a model"),
+    "no model": (_edit_state(lambda s: s.pop("model")), "model is missing"),
+    "no sizes": (_edit_state(lambda s: s["model"].pop("language")), "does not describe a model"),
     "a trait no family has": (
         _edit_state(lambda s: s["model"]["language"].update(qk_layernorm=False)),
         "no Hugging Face family has this model: .*qk_layernorm is false",

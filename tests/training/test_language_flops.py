@@ -15,10 +15,11 @@ import torch
 
 from megatron_vlm.config import LanguageConfig, RunConfig
 from megatron_vlm.models.language.flops import (
-    active_parameters,
     attention_flops,
     linear_flops_per_token,
 )
+from megatron_vlm.planning.shapes import active_parameters
+from tests.parallel.layouts import DEEPSEEK
 from tests.training.driver import with_run
 from tests.training_case import recipe
 
@@ -41,6 +42,14 @@ MODELS = {
         "model.language.share_embeddings_and_output_weights=true",
         "model.language.qk_layernorm=false",
     ],
+    # As wide a value head as a query head: kernels want one size, and widen what is narrower.
+    "deepseek": [*DEEPSEEK, "model.language.v_head_dim=24"],
+    "deepseek_full_queries": [
+        *DEEPSEEK,
+        "model.language.v_head_dim=24",
+        "model.language.q_lora_rank=null",
+        "model.language.mtp_num_layers=null",
+    ],
 }
 
 
@@ -62,20 +71,25 @@ def _counted(run: Any) -> dict[str, float]:
         max_seqlen_kv=LENGTH,
         row_ids=torch.zeros(SEGMENTS * LENGTH, dtype=torch.int64),
         row_tokens=torch.tensor([SEGMENTS * LENGTH]),
+        position_ids=torch.arange(LENGTH).repeat(SEGMENTS),
+        next_tokens=tokens if chunk.multi_token is not None else None,
     )
     decoder_input = chunk.embed(tokens, None, None)
     # The counter does not know the fused kernel of the CPU: plain products in its place.
     with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
-        logits = chunk(
+        output = chunk(
             input_ids=tokens,
             position_ids=None,
             attention_mask=None,
             decoder_input=decoder_input,
             packed_seq_params=rows,
         )
+    logits = output if isinstance(output, tuple) else (output,)
     with FlopCounterMode(display=False) as backward:
-        logits.sum().backward()
-    parameters = sum(p.numel() for name, p in chunk.named_parameters())
+        sum(part.sum() for part in logits).backward()
+    parameters = sum(
+        p.numel() for name, p in chunk.named_parameters() if not name.startswith("multi_token.")
+    )
     return {
         "forward": forward.get_total_flops(),
         "backward": backward.get_total_flops(),

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_vlm.config.schema import RunConfig
+from megatron_vlm.config.schema import LanguageConfig, RunConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.language.provider import (
     transformer_engine_serves,
     transformer_engine_usable,
 )
+from megatron_vlm.models.language.rotary import rotary_factor
 from megatron_vlm.topology.layout import Layout
 
 _FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise"}
@@ -43,10 +44,15 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         "hidden_size": language.hidden_size,
         "num_attention_heads": language.num_attention_heads,
         "num_query_groups": language.query_groups,
-        "kv_channels": language.head_dim,
+        # Of multi-latent attention only the rotary table reads it.
+        "kv_channels": language.rotary_channels,
+        "add_qkv_bias": language.add_qkv_bias,
+        "rotary_interleaved": language.rotary_interleaved,
         "ffn_hidden_size": language.ffn_hidden_size,
         "layernorm_epsilon": language.layernorm_epsilon,
-        "qk_layernorm": language.qk_layernorm,
+        # The engine would sum gradients of whatever is called q_layernorm over tensor ranks: right
+        # for norms of heads, wrong for that of compressed queries, which all ranks hold alike.
+        "qk_layernorm": language.qk_layernorm and not language.multi_latent_attention,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
@@ -66,7 +72,7 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         # Layers differ (dense, experts): one key a layer, whatever the stages.
         "hetereogenous_dist_checkpoint": True,
         **_parallel_options(config, layout),
-        **_fusion_options(dtype),
+        **_fusion_options(language, dtype),
     }
     if language.num_moe_experts is not None:
         options |= _expert_options(config)
@@ -90,6 +96,12 @@ def engine_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     # The engine's own check wants bf16 for the combined schedule; its code does not, and proofs
     # of equality need float64.
     built.overlap_moe_expert_parallel_comm = config.parallel.overlap_moe_expert_parallel_comm
+    scaling = language.rope_scaling
+    if scaling is not None and scaling.type == "yarn":
+        # Where the engine's attention looks for the factor on cosines and sines.
+        built.yarn_rotary_scaling_factor = scaling.factor
+        built.yarn_mscale = scaling.mscale
+        built.yarn_mscale_all_dim = scaling.mscale_all_dim
     return built
 
 
@@ -109,7 +121,14 @@ def _recompute_modules(config: RunConfig) -> list[str]:
     if "moe" in modules and precision in _FP8_RECIPES:
         raise ConfigError(
             f"recompute.language_modules holds moe, which training.precision {precision} does not "
-            "know (the layer would be recomputed with other scales); use moe_act, or bf16"
+            "know (the layer would be recomputed with other scales); remove it, or use bf16"
+        )
+    unknown = {"moe_act", "layernorm"} & set(modules)
+    if unknown and precision == "fp8_delayed":
+        raise ConfigError(
+            f"recompute.language_modules holds {min(unknown)}, which training.precision "
+            "fp8_delayed does not know (its scales come from earlier steps); remove it, or use "
+            "fp8_current or fp8_blockwise"
         )
     if config.model.language.num_moe_experts is None and "moe_act" in modules:
         # Nothing to recompute in a dense model, but the engine would refuse the word.
@@ -144,6 +163,8 @@ def _expert_options(config: RunConfig) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": language.moe_router_topk_scaling_factor,
         "moe_router_score_function": "sigmoid",
         "moe_shared_expert_intermediate_size": language.moe_shared_expert_intermediate_size,
+        "moe_router_num_groups": language.moe_router_num_groups,
+        "moe_router_group_topk": language.moe_router_group_topk,
         "moe_token_dispatcher_type": language.moe_token_dispatcher_type,
         "moe_grouped_gemm": True,
         # Bias, balance loss and padding are our router's: the engine's versions stay off.
@@ -153,13 +174,16 @@ def _expert_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _fusion_options(dtype: torch.dtype) -> dict[str, Any]:
+def _fusion_options(language: LanguageConfig, dtype: torch.dtype) -> dict[str, Any]:
     engine_layers = transformer_engine_serves(dtype)
     # The output layer is the engine's own also beside Transformer Engine, and it needs Apex's.
     apex_wgrad = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return {
         "gradient_accumulation_fusion": torch.cuda.is_available() and apex_wgrad,
-        "apply_rope_fusion": engine_layers,
+        # The fused one knows no factor on cosines and sines, and multi-latent attention none.
+        "apply_rope_fusion": engine_layers
+        and rotary_factor(language) == 1
+        and not language.multi_latent_attention,
         "moe_permute_fusion": engine_layers,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,

@@ -42,6 +42,13 @@ class GroupedExperts(MegatronModule):
             # them out of the gradient norm.
             set_tensor_model_parallel_attributes(weight, True, axis, 1)
             weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+        # The combined 1F1B schedule empties what came in once the experts are through. With several
+        # experts tokens are sorted into a copy first; one alone would keep the emptied tensor.
+        self.keeps_input = (
+            not config.overlap_moe_expert_parallel_comm
+            or num_local_experts > 1
+            or self.etp_group.size() > 1
+        )
         self.recompute_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
@@ -59,6 +66,8 @@ class GroupedExperts(MegatronModule):
         Returns:
             `[total, hidden]`, already weighted, and no bias.
         """
+        if not self.keeps_input and self.training:
+            tokens = tokens.clone()
         gate_up = grouped_gemm(tokens, self.linear_fc1.flatten(1, 2), tokens_per_expert)
         if self.recompute_activation and self.training:
             inner = checkpoint(weighted_swiglu, False, gate_up, probs)

@@ -6,12 +6,17 @@ from megatron_vlm.config.schema import LanguageConfig
 
 
 def linear_flops_per_token(language: LanguageConfig) -> float:
-    """All matrix products of one token, output layer included, attention scores not."""
-    hidden, head = language.hidden_size, language.head_dim
-    queries, keys = language.num_attention_heads * head, 2 * language.query_groups * head
-    attention = hidden * (queries + keys) + queries * hidden
-    total = 0.0
-    for has_experts in language.moe_layer_freq:
+    """All matrix products of one token, output layer included, attention scores not.
+
+    Multi-token prediction is counted: its projection, its layer, and the output layer once more.
+    """
+    hidden, kinds = language.hidden_size, language.moe_layer_freq
+    total = float(hidden * language.vocab_size)
+    if language.mtp_num_layers:
+        kinds = kinds + kinds[-1:] * language.mtp_num_layers
+        total += language.mtp_num_layers * hidden * (language.vocab_size + 2 * hidden)
+    attention = _attention_weights(language)
+    for has_experts in kinds:
         if has_experts:
             width = language.moe_router_topk * (language.moe_ffn_hidden_size or 0)
             width += language.moe_shared_expert_intermediate_size or 0
@@ -19,20 +24,28 @@ def linear_flops_per_token(language: LanguageConfig) -> float:
         else:
             mlp = 3 * hidden * language.ffn_hidden_size
         total += attention + mlp
-    return 2 * (total + hidden * language.vocab_size)
+    return 2 * total
 
 
 def attention_flops(language: LanguageConfig, squared_lengths: float) -> float:
     """Causal scores and weighted values; `squared_lengths` is the sum of squared sample lengths."""
-    per_pair = 2 * 2 * language.num_attention_heads * language.head_dim
-    return language.num_layers * per_pair * squared_lengths / 2
+    channels = 2 * language.head_dim
+    if language.multi_latent_attention:
+        channels = language.qk_head_dim + language.qk_pos_emb_head_dim + language.v_head_dim
+    layers = language.num_layers + (language.mtp_num_layers or 0)
+    per_pair = 2 * language.num_attention_heads * channels
+    return layers * per_pair * squared_lengths / 2
 
 
-def active_parameters(language: LanguageConfig) -> int:
-    """Parameters that one token passes through, embedding included."""
-    hidden, head = language.hidden_size, language.head_dim
-    norms = (2 * hidden + (2 * head if language.qk_layernorm else 0)) * language.num_layers + hidden
-    tied = language.share_embeddings_and_output_weights
-    embeddings = language.vocab_size * hidden * (1 if tied else 2)
-    linear = linear_flops_per_token(language) / 2 - hidden * language.vocab_size
-    return int(linear) + norms + embeddings
+def _attention_weights(language: LanguageConfig) -> int:
+    hidden, heads = language.hidden_size, language.num_attention_heads
+    if not language.multi_latent_attention:
+        queries, keys = heads * language.head_dim, 2 * language.query_groups * language.head_dim
+        return hidden * (queries + keys) + queries * hidden
+    compressed, rotary = language.kv_lora_rank or 0, language.qk_pos_emb_head_dim
+    queries = heads * (language.qk_head_dim + rotary)
+    weights = hidden * (compressed + rotary) + heads * language.v_head_dim * hidden
+    weights += compressed * heads * (language.qk_head_dim + language.v_head_dim)
+    if language.q_lora_rank is None:
+        return weights + hidden * queries
+    return weights + hidden * language.q_lora_rank + language.q_lora_rank * queries

@@ -35,6 +35,10 @@ class PackedRows(PackedSeqParams):
     """`[tokens / cp]` number of the packed row, -1 for padding."""
     row_tokens: torch.Tensor | None = None
     """`[rows]` real tokens of each row over all ranks."""
+    position_ids: torch.Tensor | None = None
+    """`[tokens / cp]` position of each token inside its segment."""
+    next_tokens: torch.Tensor | None = None
+    """`[1, tokens / cp]` the token after each in its segment; only where one more is predicted."""
     balance_weight: float = 0.0
     """Weight of one row's balance loss: its coefficient over the rows of the step."""
     context: ContextParallelRows | None = None

@@ -1,4 +1,4 @@
-"""The router of dots.llm1: float32 sigmoid gate, bias-corrected top-k, sequence-wise balance.
+"""The router of dots.llm1 and DeepSeek-V3: sigmoid gate, bias-corrected top-k, balance by row.
 
 Ours rather than the engine's TopKRouter, because there padding cannot be kept out of the bias and
 the balance loss, the balance loss of packed rows depends on the micro-batch size, its weight on
@@ -6,7 +6,9 @@ the layout, and the bias moves also on steps that the optimizer skips.
 
 Semantics (dots.llm1 report, section on load balancing; DeepSeek-V3, equations 16-20): scores are
 sigmoids; the experts of a token are the top k of score + bias; their weights are the unbiased
-scores, normalised to sum one and scaled. For a row of T real tokens and E experts, with scores
+scores, normalised to sum one and scaled. With groups, a token first keeps the best groups, each
+scored by the sum of its two best experts (the engine sums its top k / groups: another choice
+wherever that is not 2). For a row of T real tokens and E experts, with scores
 normalised over experts, the balance loss is sum over e of [E/k * share of tokens that chose e]
 * [mean score of e]: 1 when balanced. It is averaged over the rows of the step.
 """
@@ -39,6 +41,9 @@ class SigmoidRouter(Router):
         experts, device = config.num_moe_experts, self.weight.device
         self.top_k = config.moe_router_topk
         self.scaling = config.moe_router_topk_scaling_factor or 1.0
+        self.groups: tuple[int, int] | None = None
+        if config.moe_router_num_groups:
+            self.groups = (config.moe_router_num_groups, config.moe_router_group_topk)
         zeros = torch.zeros(experts, dtype=torch.float32, device=device)
         self.register_buffer("expert_bias", zeros)
         self.register_buffer("tokens_per_expert", zeros.clone(), persistent=False)
@@ -53,7 +58,10 @@ class SigmoidRouter(Router):
     def routing(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and choices `[tokens, experts]` from logits of the same shape."""
         scores = torch.sigmoid(logits)
-        chosen = torch.topk(scores.detach() + self.expert_bias, self.top_k, dim=-1).indices
+        biased = scores.detach() + self.expert_bias
+        if self.groups is not None:
+            biased = self._within_groups(biased, *self.groups)
+        chosen = torch.topk(biased, self.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.top_k > 1:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + _EPSILON)
@@ -64,6 +72,14 @@ class SigmoidRouter(Router):
             # Not under no_grad: a recomputed layer would count twice.
             probs = self._balance(probs, scores, choices, self.rows)
         return probs, choices
+
+    @staticmethod
+    def _within_groups(biased: torch.Tensor, groups: int, chosen: int) -> torch.Tensor:
+        """Scores with all but the `chosen` best groups out of reach."""
+        grouped = biased.unflatten(-1, (groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(chosen, dim=-1).indices
+        outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        return grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2)
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None

@@ -17,6 +17,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.models.language.latent_attention import (
+    LatentAttention,
+    LatentAttentionSubmodules,
+)
 from megatron_vlm.models.language.layer import DecoderLayer, PackedMoELayer
 from megatron_vlm.models.language.router import SigmoidRouter
 
@@ -27,31 +31,44 @@ def decoder_spec(
     """Specs of the layers `layers` (numbers from 0) of one model chunk."""
     kinds = language.moe_layer_freq
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(language, provider, has_experts=bool(kinds[i])) for i in layers],
+        layer_specs=[layer_spec(language, provider, has_experts=bool(kinds[i])) for i in layers],
         layer_norm=provider.layer_norm(rms_norm=True),
     )
 
 
-def _layer(
+def layer_spec(
     language: LanguageConfig, provider: BackendSpecProvider, has_experts: bool
 ) -> ModuleSpec:
+    """Spec of one layer."""
     norm = provider.layer_norm(rms_norm=True)
     head_norm = provider.layer_norm(rms_norm=True, for_qk=True)
     qk_norm: Any = head_norm if language.qk_layernorm else IdentityOp
     linears = MLPSubmodules(
         linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()
     )
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=provider.column_parallel_linear(),
-            core_attention=provider.core_attention(),
-            linear_proj=provider.row_parallel_linear(),
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
+    if language.multi_latent_attention:
+        attention = ModuleSpec(
+            module=LatentAttention,
+            params={"attn_mask_type": AttnMaskType.causal, "language": language},
+            submodules=LatentAttentionSubmodules(
+                column_parallel_linear=provider.column_parallel_linear(),
+                row_parallel_linear=provider.row_parallel_linear(),
+                norm=norm,
+                core_attention=provider.core_attention(),
+            ),
+        )
+    else:
+        attention = ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=provider.column_parallel_linear(),
+                core_attention=provider.core_attention(),
+                linear_proj=provider.row_parallel_linear(),
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
+            ),
+        )
     if has_experts:
         experts, _ = provider.grouped_mlp_modules(True, False)
         mlp = ModuleSpec(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.config.schema import AdapterConfig, VisionConfig
 
 
 def encoder_flops(
-    grid_hw: Iterable[tuple[int, int]], vision: VisionConfig, language_hidden_size: int
+    grid_hw: Iterable[tuple[int, int]],
+    vision: VisionConfig,
+    adapter: AdapterConfig,
+    language_hidden_size: int,
 ) -> float:
     """Trunk and adapter over pictures of these patch grids: matrix products and attention."""
     hidden = vision.hidden_size
-    block = 4 * hidden * hidden + 3 * hidden * vision.ffn_hidden_size
+    matrices = 3 if vision.gated_linear_unit else 2
+    block = 4 * hidden * hidden + matrices * hidden * vision.ffn_hidden_size
     embed = vision.in_channels * vision.patch_size**2 * hidden
-    merged = vision.spatial_merge_size**2
-    joined = hidden * merged
+    merged, inner = adapter.widths(vision)
     per_patch = float(embed + vision.num_layers * block)
-    per_patch += joined * (joined + language_hidden_size) / merged
+    per_patch += inner * (merged + language_hidden_size) / vision.spatial_merge_size**2
     total = 0.0
     for height, width in grid_hw:
         patches = height * width

@@ -2,6 +2,7 @@
 
 dots.vlm1's trunk (configuration published with dots.ocr): a 14x14 patch embedding and RMS norm,
 pre-norm blocks with 2-D rotary attention isolated per picture and SwiGLU, no biases, a final norm.
+By configuration a plain MLP in the place of SwiGLU (Seed-ViT), and normalised queries and keys.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each behind a norm and added to its input."""
+    """Attention and a feed-forward, each behind a norm and added to its input."""
 
     def __init__(self, config: VisionConfig, recompute: Recompute) -> None:
         super().__init__()
@@ -49,10 +50,14 @@ class Block(nn.Module):
         self.recompute_parts = recompute == "selective"
         self.norm1 = nn.RMSNorm(hidden, eps=epsilon)
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_layernorm:
+            self.q_norm = nn.RMSNorm(hidden // self.heads, eps=epsilon)
+            self.k_norm = nn.RMSNorm(hidden // self.heads, eps=epsilon)
         self.proj = nn.Linear(hidden, hidden, bias=False)
         self.norm2 = nn.RMSNorm(hidden, eps=epsilon)
         self.fc1 = nn.Linear(hidden, inner, bias=False)
-        self.fc3 = nn.Linear(hidden, inner, bias=False)
+        self.fc3 = nn.Linear(hidden, inner, bias=False) if config.gated_linear_unit else None
         self.fc2 = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -61,10 +66,14 @@ class Block(nn.Module):
         attended = self._run(self._attend, qkv, rotary, cu_seqlens, longest)
         x = x + self.proj(attended)
         y = self.norm2(x)
+        if self.fc3 is None:
+            return x + self.fc2(F.gelu(self.fc1(y)))
         return x + self.fc2(self._run(_swiglu, self.fc1(y), self.fc3(y)))
 
     def _attend(self, qkv: Tensor, rotary: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         return packed_attention(q, k, v, cu_seqlens, causal=False, max_seqlen=longest).flatten(1)
 
