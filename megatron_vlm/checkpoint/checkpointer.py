@@ -269,6 +269,8 @@ def _plain(model: ModelConfig) -> dict[str, Any]:
     found["language"] |= {"num_query_groups": language.query_groups}
     if not language.multi_latent_attention:
         found["language"] |= {"kv_channels": language.head_dim}
+    if model.vision is not None:
+        found["adapter"] |= {"hidden_size": model.adapter.widths(model.vision)[1]}
     return found
 
 

@@ -21,13 +21,11 @@ from megatron_vlm.checkpoint import folder
 from megatron_vlm.checkpoint.stored import StoredTensors
 from megatron_vlm.checkpoint.verify import verify_files
 from megatron_vlm.config import ModelConfig
-from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.models.hf.families import Family, family_for
 from megatron_vlm.models.hf.names import Run, Translation, translate
 from megatron_vlm.models.hf.tensors import EXPERT_BIAS
-from megatron_vlm.release import files
-from megatron_vlm.release.companions import companion_files
+from megatron_vlm.release.files import small_files
 from megatron_vlm.release.progress import Meter
 from megatron_vlm.release.safetensors_reader import DTYPES, INDEX
 from megatron_vlm.release.safetensors_writer import (
@@ -108,7 +106,8 @@ def export_checkpoint(
                     _write(release.path, shard, work, meter)
         if len(shards) > 1:
             release.write(INDEX, index_json(shards))
-        small = _small_files(checkpoint, model, family, work)
+        named = str(work.tensors[0].dtype).removeprefix("torch.")
+        small = small_files(checkpoint, model, family, named)
         for name, content in {**small, **(extra_files or {})}.items():
             release.write(name, content)
         iteration = state["progress"]["iteration"]
@@ -230,26 +229,6 @@ def _verify(checkpoint: Path, show_progress: bool) -> None:
         for number, name in enumerate(files_there):
             verify_files(checkpoint, number, len(files_there))
             meter.advance((checkpoint / name).stat().st_size)
-
-
-def _small_files(
-    checkpoint: Path, model: ModelConfig, family: Family, work: _Work
-) -> dict[str, bytes]:
-    kept = files.read_kept(checkpoint)
-    ids: dict[str, Any] = {}
-    found: dict[str, bytes] = {}
-    if kept is not None:
-        ids = files.kept_ids(kept)
-        found = kept
-    elif (checkpoint / folder.TOKENIZER).is_file():
-        tokenizer = Tokenizer.load(checkpoint / folder.TOKENIZER)
-        ids = files.trained_ids(tokenizer, family)
-        found = files.tokenizer_files(tokenizer, model.language.max_position_embeddings)
-    dtype = str(work.tensors[0].dtype).removeprefix("torch.")
-    config = files.config_json(family.write(model), family, dtype, ids)
-    found |= companion_files(model, family, config)
-    # Whatever a companion added to the configuration is in it by now.
-    return {**found, "config.json": files.as_bytes(config)}
 
 
 def describe(summary: ExportSummary) -> str:

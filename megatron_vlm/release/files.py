@@ -1,16 +1,21 @@
-"""The small files of a release: config.json, the tokenizer's, and those kept from an import."""
+"""The files of a release that are not weights: those kept from an import, or `hub_files`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from megatron_vlm.checkpoint import folder
-from megatron_vlm.data.chat import IMAGE_MARK
-from megatron_vlm.data.tokenizer import SPECIAL_TOKENS, SpecialIds, Tokenizer
+from megatron_vlm.config import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.families import Family
+from megatron_vlm.release.hub_files import (
+    as_json,
+    dtype_fields,
+    hub_files,
+    python_files,
+    vlm_config,
+)
 
 KEPT_FOLDER = "huggingface"
 """Folder of an imported checkpoint for files that an export gives back as they were."""
@@ -63,104 +68,32 @@ def read_kept(checkpoint: Path) -> dict[str, bytes] | None:
     return found
 
 
-def config_json(
-    fields: dict[str, Any], family: Family, dtype: str, ids: dict[str, Any]
-) -> dict[str, Any]:
-    """The whole config.json of a model whose own fields are `fields`."""
-    return {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        **fields,
-        **ids,
-        "torch_dtype": dtype,
-    }
-
-
-def kept_ids(kept: dict[str, bytes]) -> dict[str, Any]:
-    """The token ids that an imported config.json names."""
-    config = json.loads(kept["config.json"])
-    return {name: config[name] for name in _IDS if name in config}
-
-
-def trained_ids(tokenizer: Tokenizer, family: Family) -> dict[str, Any]:
-    """The token ids of a model that was trained here."""
-    ids = tokenizer.special_ids
-    found: dict[str, Any] = {
-        "bos_token_id": None,
-        "eos_token_id": ids.eos,
-        "pad_token_id": ids.pad,
-    }
-    return {**found, "image_token_id": ids.image} if family.sees else found
-
-
-def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
-    """What transformers needs to encode and decode as we do.
+def small_files(
+    checkpoint: Path, model: ModelConfig, family: Family, dtype: str
+) -> dict[str, bytes]:
+    """Every file of a release but the weights.
 
     Args:
-        tokenizer: of the data set that the model was trained on.
-        longest: the longest sample in tokens.
+        checkpoint: what is released.
+        model: its model.
+        family: what it is released as.
+        dtype: of the weights, for example `bfloat16`.
     """
-    template = chat_template()
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,
-        "eos_token": SPECIAL_TOKENS["eos"],
-        "pad_token": SPECIAL_TOKENS["pad"],
-        "model_max_length": longest,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": template,
-    }
-    return {
-        folder.TOKENIZER: tokenizer.to_json().encode(),
-        "tokenizer_config.json": as_bytes(config),
-        "chat_template.jinja": template.encode(),
-        "generation_config.json": as_bytes(_generation(tokenizer.special_ids)),
-    }
-
-
-def _generation(ids: SpecialIds) -> dict[str, Any]:
-    # An answer ends with its turn; greedy, as `mvlm generate` answers.
-    return {"eos_token_id": [ids.end, ids.eos], "pad_token_id": ids.pad, "do_sample": False}
-
-
-def chat_template() -> str:
-    """The chat format of `data/chat.py` for transformers.
-
-    Text may hold `<image>` where a picture goes, as in our data. Pictures given as parts go where
-    they stand; those that open the first user's turn are followed by a line break, which is where
-    and how our data puts pictures without a mark.
-    """
-    image = SPECIAL_TOKENS["image"]
-    end, eos = SPECIAL_TOKENS["end"], SPECIAL_TOKENS["eos"]
-    text = f"replace('{IMAGE_MARK}', '{image}')"
-    return (
-        "{%- set seen = namespace(user=false, opening=false) -%}"
-        "{%- for message in messages -%}"
-        "{{- '<|' + message['role'] + '|>' -}}"
-        "{%- if message['content'] is string -%}"
-        f"{{{{- message['content'] | {text} -}}}}"
-        "{%- else -%}"
-        "{%- set seen.opening = false -%}"
-        "{%- for part in message['content'] -%}"
-        "{%- if part['type'] in ('image', 'image_url') -%}"
-        f"{{{{- '{image}' -}}}}"
-        "{%- if loop.first and message['role'] == 'user' and not seen.user -%}"
-        "{%- set seen.opening = true -%}"
-        "{%- endif -%}"
-        "{%- else -%}"
-        "{%- if seen.opening -%}{{- '\\n' -}}{%- set seen.opening = false -%}{%- endif -%}"
-        f"{{{{- part['text'] | {text} -}}}}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- endif -%}"
-        "{%- if message['role'] == 'user' -%}{%- set seen.user = true -%}{%- endif -%}"
-        f"{{{{- '{end}' -}}}}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}"
-        f"{{%- else -%}}{{{{- '{eos}' -}}}}{{%- endif -%}}"
-    )
-
-
-def as_bytes(value: dict[str, Any]) -> bytes:
-    """JSON as transformers writes it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    decoder = family.write(model)
+    decoder.pop("vision_config", None)
+    text = {"model_type": family.decoder, "architectures": [family.architecture], **decoder}
+    kept = read_kept(checkpoint)
+    if kept is None:
+        tokenizer = checkpoint / folder.TOKENIZER
+        if tokenizer.is_file():
+            return hub_files(model, text, tokenizer.read_text(), dtype)
+        return {"config.json": as_json({**text, **dtype_fields(dtype)})}
+    before = json.loads(kept["config.json"])
+    ids = {name: before[name] for name in _IDS if name in before}
+    if family.sees:
+        text = vlm_config(text, model, ids.get("image_token_id"), ids.get("video_token_id"))
+        if "AutoProcessor" not in before.get("auto_map", {}):
+            # Its tokenizer is not ours, and our processor knows no other.
+            del text["auto_map"]["AutoProcessor"]
+        kept |= python_files()
+    return {**kept, "config.json": as_json({**text, **ids, **dtype_fields(dtype)})}

@@ -20,6 +20,7 @@ from tests.release.folders import CONFIGS
 from tests.training_case import RECIPE
 
 DENSE = "model.language.num_moe_experts=null"
+PUBLISHED = ("dots-llm1", "dots-vlm-142b", "deepseek-v3", "dots-vlm1", "dots-ocr", "seed-vlm")
 CASES = {
     "nano": (),
     "dense": (DENSE, "model.language.num_query_groups=2", "model.language.kv_channels=24"),
@@ -27,6 +28,13 @@ CASES = {
     "plain": ("model.vision=null", "model.language.qk_layernorm=false"),
     "no_shared": ("model.language.moe_shared_expert_intermediate_size=null",),
     "experts_everywhere": ("model.language.first_k_dense_replace=0",),
+    "latent": ("model=deepseek-v3-twin",),
+    "latent_queries_whole": ("model=deepseek-v3-twin", "model.language.q_lora_rank=null"),
+    "latent_dense": ("model=deepseek-v3-twin", DENSE),
+    "dots_vlm1": ("model=dots-vlm1-twin",),
+    "dots_ocr": ("model=dots-ocr-twin",),
+    "seed_vit": ("model=seed-vlm-twin",),
+    "normalised_encoder": ("model.vision.qk_layernorm=true", "model.adapter.hidden_size=20"),
 }
 
 
@@ -54,14 +62,13 @@ def _build(world: World, config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("name", ["dots-llm1", "dots-vlm-142b"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_are_planned_whole(name: str) -> None:
     """In a moment, every parameter and the expert biases, which are none."""
     model = load_model(name)
     translation = translate(model, family_for(model).names)
-    experts = model.language.num_moe_experts
-    assert experts is not None
-    biases = experts * sum(model.language.moe_layer_freq)
+    experts, ahead = model.language.num_moe_experts or 0, model.language.mtp_num_layers or 0
+    biases = experts * (sum(model.language.moe_layer_freq) + ahead)
     total = sum(math.prod(shape) for shape in translation.ours.values())
     assert total == model_parameters(model).total + biases
     assert total == sum(math.prod(shape) for shape in translation.theirs.values())
@@ -72,11 +79,15 @@ def test_published_models_are_planned_whole(name: str) -> None:
 def test_configurations_come_back(name: str) -> None:
     family, model = read_model(dict(CONFIGS[name]), "config.json")
     assert family_for(model) is family
-    written = {"model_type": family.model_type, **family.write(model)}
+    written = {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        **family.write(model),
+    }
     assert read_model(written, "config.json") == (family, model)
 
 
 @pytest.mark.unit
 def test_every_family_is_tried() -> None:
-    tried = {config["model_type"] for config in CONFIGS.values()}
-    assert tried == {family.model_type for family in FAMILIES}
+    tried = [read_model(dict(config), "config.json")[0] for config in CONFIGS.values()]
+    assert {family.architecture for family in tried} == {f.architecture for f in FAMILIES}

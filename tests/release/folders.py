@@ -108,7 +108,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "video_token_id": 59,
     },
     "dots_ocr": {"model_type": "dots_ocr", **_QWEN2, **_VISION, "attention_bias": True},
-    "megatron_vlm": {"model_type": "megatron_vlm", **_DOTS1, **_VISION},
+    "megatron_vlm": {
+        "model_type": "megatron_vlm",
+        "architectures": ["MegatronVlmForConditionalGeneration"],
+        **_DOTS1,
+        **_VISION,
+    },
+    "megatron_vlm_deepseek_v3": {
+        "model_type": "megatron_vlm",
+        "architectures": ["MegatronVlmDeepseekV3ForConditionalGeneration"],
+        **_DEEPSEEK,
+        "vision_config": _VISION["vision_config"] | {"gated_linear_unit": False},
+    },
+    "megatron_vlm_qwen2": {
+        "model_type": "megatron_vlm",
+        "architectures": ["MegatronVlmQwen2ForConditionalGeneration"],
+        **_QWEN2,
+        "vision_config": _VISION["vision_config"]
+        | {"qk_layernorm": True, "merge": "average", "merger_hidden_size": 20},
+    },
 }
 """config.json of a small model of each family, and of variants."""
 

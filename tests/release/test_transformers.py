@@ -91,6 +91,7 @@ def _logits(world: World, config: RunConfig, checkpoint: Path, tokens: torch.Ten
         cu_seqlens_kv=bounds,
         max_seqlen_q=tokens.size(1),
         max_seqlen_kv=tokens.size(1),
+        position_ids=torch.arange(tokens.size(1)),
     )
     with torch.no_grad():
         logits = decoder(
@@ -101,7 +102,7 @@ def _logits(world: World, config: RunConfig, checkpoint: Path, tokens: torch.Ten
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["dots1"])
+@pytest.mark.parametrize("name", CASES)
 def test_imported_models_say_the_same(name: str, tmp_path: Path) -> None:
     """Logits of every position, from weights that went through an import."""
     from megatron_vlm.release.importing import import_folder

@@ -11,12 +11,9 @@ from megatron_vlm.config.schema import ModelConfig
 from megatron_vlm.models.hf import qwen2
 from megatron_vlm.models.hf.fields import Fields
 from megatron_vlm.models.hf.names import NameMap
-from megatron_vlm.models.hf.vision import ROWS, read_vision, write_vision
+from megatron_vlm.models.hf.vision import ROWS, check_released, read_vision, write_vision
 
 ARCHITECTURE = "DotsOCRForCausalLM"
-
-IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 151665, 151656
-"""Of dots.ocr's own tokenizer."""
 
 NAMES = NameMap((*qwen2.NAMES.rows, *ROWS), qwen2.NAMES.copies)
 
@@ -28,7 +25,8 @@ def read_config(fields: Fields, preprocessor: dict[str, Any] | None) -> dict[str
         ConversionError: a field has a value that our model does not build.
     """
     language = qwen2.read_config(fields)
-    return {"language": language, **read_vision(fields, language["hidden_size"], preprocessor)}
+    width = language["hidden_size"]
+    return {"language": language, **read_vision(fields, width, preprocessor, own=False)}
 
 
 def write_config(model: ModelConfig) -> dict[str, Any]:
@@ -37,10 +35,9 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
     Raises:
         ConversionError: the model has a trait that the class lacks.
     """
+    check_released(model, ARCHITECTURE)
     return {
         **qwen2.write_config(model.language),
         "attention_bias": True,
-        "vision_config": write_vision(model, ARCHITECTURE),
-        "image_token_id": IMAGE_TOKEN_ID,
-        "video_token_id": VIDEO_TOKEN_ID,
+        "vision_config": write_vision(model),
     }

@@ -12,12 +12,9 @@ from megatron_vlm.config.schema import ModelConfig
 from megatron_vlm.models.hf import deepseek_v3
 from megatron_vlm.models.hf.fields import Fields
 from megatron_vlm.models.hf.names import NameMap
-from megatron_vlm.models.hf.vision import ROWS, read_vision, write_vision
+from megatron_vlm.models.hf.vision import ROWS, check_released, read_vision, write_vision
 
 ARCHITECTURE = "DotsVLMForCausalLM"
-
-IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 128815, 128836
-"""Of dots.vlm1's own tokenizer."""
 
 NAMES = NameMap((*deepseek_v3.NAMES.rows, *ROWS), deepseek_v3.NAMES.copies)
 
@@ -30,7 +27,8 @@ def read_config(fields: Fields, preprocessor: dict[str, Any] | None) -> dict[str
     """
     # SGLang gives every norm the model's epsilon, as we do.
     language = deepseek_v3.read_traits(fields)
-    return {"language": language, **read_vision(fields, language["hidden_size"], preprocessor)}
+    width = language["hidden_size"]
+    return {"language": language, **read_vision(fields, width, preprocessor, own=False)}
 
 
 def write_config(model: ModelConfig) -> dict[str, Any]:
@@ -39,9 +37,8 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
     Raises:
         ConversionError: the model has a trait that the class lacks.
     """
+    check_released(model, ARCHITECTURE)
     return {
         **deepseek_v3.write_traits(model.language, ARCHITECTURE),
-        "vision_config": write_vision(model, ARCHITECTURE),
-        "image_token_id": IMAGE_TOKEN_ID,
-        "video_token_id": VIDEO_TOKEN_ID,
+        "vision_config": write_vision(model),
     }

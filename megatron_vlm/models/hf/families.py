@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_vlm.config.schema import ModelConfig
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.hf import (
-    deepseek_v3,
-    dots1,
-    dots_ocr,
-    dots_vlm,
-    megatron_vlm_dots1,
-    qwen2,
-)
+from megatron_vlm.models.hf import deepseek_v3, dots1, dots_ocr, dots_vlm, own, qwen2
 from megatron_vlm.models.hf.fields import Fields
 from megatron_vlm.models.hf.names import NameMap
 
@@ -37,6 +31,8 @@ class Family:
     """config.json's fields from our model; refuses a trait that the class lacks."""
     sees: bool
     """Whether it has an encoder of pictures."""
+    decoder: str
+    """`model_type` of its decoder alone."""
 
 
 def _language_only(module: Any, model_type: str) -> Family:
@@ -52,28 +48,43 @@ def _language_only(module: Any, model_type: str) -> Family:
             )
         return module.write_config(model.language)
 
-    return Family(model_type, module.ARCHITECTURE, module.NAMES, read, write, sees=False)
+    return Family(model_type, module.ARCHITECTURE, module.NAMES, read, write, False, model_type)
 
 
-def _seeing(module: Any, model_type: str) -> Family:
-    """A family with an encoder, from its file."""
+def _released(module: Any, model_type: str, decoder: str) -> Family:
+    """A released family with an encoder, from its file."""
     return Family(
         model_type,
         module.ARCHITECTURE,
         module.NAMES,
         module.read_config,
         module.write_config,
-        sees=True,
+        True,
+        decoder,
     )
 
 
+def _own(decoder: str) -> Family:
+    """Ours with that decoder."""
+    return Family(
+        own.MODEL_TYPE,
+        own.ARCHITECTURES[decoder],
+        own.NAMES[decoder],
+        partial(own.read_config, decoder),
+        partial(own.write_config, decoder),
+        True,
+        decoder,
+    )
+
+
+# Released ones before our own, so that programs that serve those serve a model that is one.
 FAMILIES = (
     _language_only(dots1, "dots1"),
     _language_only(deepseek_v3, "deepseek_v3"),
     _language_only(qwen2, "qwen2"),
-    _seeing(dots_vlm, "dots_vlm"),
-    _seeing(dots_ocr, "dots_ocr"),
-    _seeing(megatron_vlm_dots1, "megatron_vlm"),
+    _released(dots_vlm, "dots_vlm", "deepseek_v3"),
+    _released(dots_ocr, "dots_ocr", "qwen2"),
+    *map(_own, own.ARCHITECTURES),
 )
 
 
@@ -87,18 +98,18 @@ def family_of(config: dict[str, Any], name: str) -> Family:
     Raises:
         ConversionError: it is none of ours.
     """
-    said = config.get("model_type")
-    for family in FAMILIES:
-        if said == family.model_type:
-            architectures = config.get("architectures")
-            if architectures not in (None, [family.architecture]):
-                raise ConversionError(
-                    f"{name}: architectures is {architectures}; expected {family.architecture}, "
-                    f"the model that {said} is imported as"
-                )
+    said, architectures = config.get("model_type"), config.get("architectures")
+    alike = [family for family in FAMILIES if family.model_type == said]
+    if not alike:
+        known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
+        raise ConversionError(f"{name}: model_type is {said!r}; expected one of {known}")
+    for family in alike:
+        if architectures == [family.architecture]:
             return family
-    known = ", ".join(family.model_type for family in FAMILIES)
-    raise ConversionError(f"{name}: model_type is {said!r}; expected one of {known}")
+    if architectures is None and len(alike) == 1:
+        return alike[0]
+    wanted = " or ".join(family.architecture for family in alike)
+    raise ConversionError(f"{name}: architectures is {architectures}; expected {wanted}")
 
 
 def read_model(

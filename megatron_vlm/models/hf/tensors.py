@@ -117,10 +117,14 @@ def _trunk(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:
         prefix = f"blocks.{number}"
         yield f"{prefix}.norm1.weight", (hidden,)
         yield f"{prefix}.qkv.weight", (3 * hidden, hidden)
+        if vision.qk_layernorm:
+            for norm in ("q_norm", "k_norm"):
+                yield f"{prefix}.{norm}.weight", (hidden // vision.num_attention_heads,)
         yield f"{prefix}.proj.weight", (hidden, hidden)
         yield f"{prefix}.norm2.weight", (hidden,)
         yield f"{prefix}.fc1.weight", (inner, hidden)
-        yield f"{prefix}.fc3.weight", (inner, hidden)
+        if vision.gated_linear_unit:
+            yield f"{prefix}.fc3.weight", (inner, hidden)
         yield f"{prefix}.fc2.weight", (hidden, inner)
     yield "post_trunk_norm.weight", (hidden,)
 
@@ -128,10 +132,10 @@ def _trunk(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:
 def _adapter(
     adapter: AdapterConfig, vision: VisionConfig, width: int
 ) -> Iterator[tuple[str, Shape]]:
-    joined = vision.hidden_size * vision.spatial_merge_size**2
+    merged, inner = adapter.widths(vision)
     yield "norm.weight", (vision.hidden_size,)
     yield "norm.bias", (vision.hidden_size,)
-    yield "fc1.weight", (joined, joined)
-    yield "fc1.bias", (joined,)
-    yield "fc2.weight", (width, joined)
+    yield "fc1.weight", (inner, merged)
+    yield "fc1.bias", (inner,)
+    yield "fc2.weight", (width, inner)
     yield "fc2.bias", (width,)

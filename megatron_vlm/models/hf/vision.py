@@ -1,10 +1,14 @@
-"""dots.vlm1's encoder as released with dots.ocr and dots.vlm1: `vision_tower.*`."""
+"""dots.vlm1's encoder as released with dots.ocr and dots.vlm1: `vision_tower.*`.
+
+The released classes build nothing but that. Classes of our own (`own.py`) know more fields, which
+are written only where they depart from it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_vlm.config.schema import AdapterConfig, ModelConfig, VisionConfig
+from megatron_vlm.config.schema import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.fields import Fields, Traits, neutral
 from megatron_vlm.models.hf.names import Row, convolution, same
@@ -34,6 +38,8 @@ ROWS = (
         for ours, theirs in (
             ("norm1", "norm1"),
             ("qkv", "attn.qkv"),
+            ("q_norm", "attn.q_norm"),
+            ("k_norm", "attn.k_norm"),
             ("proj", "attn.proj"),
             ("norm2", "norm2"),
             ("fc1", "mlp.fc1"),
@@ -57,7 +63,7 @@ MERGER_EPSILON = 1e-6
 
 
 def read_vision(
-    fields: Fields, language_hidden_size: int, preprocessor: dict[str, Any] | None
+    fields: Fields, language_hidden_size: int, preprocessor: dict[str, Any] | None, own: bool
 ) -> dict[str, Any]:
     """Our `vision` and `adapter` from a config.json's `vision_config`.
 
@@ -66,6 +72,7 @@ def read_vision(
         language_hidden_size: the decoder's width, which the merger must end at.
         preprocessor: preprocessor_config.json, for the pictures' sizes and colours; null: our own
             defaults, which are dots.ocr's.
+        own: whether the class is one of ours, which has fields that the released ones lack.
 
     Raises:
         ConversionError: a field has a value that our model does not build.
@@ -89,12 +96,19 @@ def read_vision(
         "spatial_merge_size": inner.integer("spatial_merge_size", 2),
         "layernorm_epsilon": inner.number("rms_norm_eps"),
         "init_method_std": inner.number("initializer_range", 0.02),
-        "rotary_base": ROTARY_BASE,
     }
-    adapter = {
-        "init_method_std": inner.number("init_merger_std", 0.02),
-        "layernorm_epsilon": MERGER_EPSILON,
-    }
+    adapter = {"init_method_std": inner.number("init_merger_std", 0.02)}
+    if own:
+        vision |= {
+            "rotary_base": inner.number("rotary_base", ROTARY_BASE),
+            "gated_linear_unit": inner.flag("gated_linear_unit", True),
+            "qk_layernorm": inner.flag("qk_layernorm", False),
+        }
+        adapter |= {
+            "merge": inner.take("merge", "concatenate"),
+            "hidden_size": inner.integer("merger_hidden_size", None),
+            "layernorm_epsilon": inner.number("merger_norm_eps", MERGER_EPSILON),
+        }
     inner.done()
     if preprocessor is not None:
         vision |= _read_preprocessor(preprocessor, vision)
@@ -119,16 +133,19 @@ def _read_preprocessor(values: dict[str, Any], vision: dict[str, Any]) -> dict[s
     return {field: values[field] for field in names if values.get(field) is not None}
 
 
-def write_vision(model: ModelConfig, architecture: str) -> dict[str, Any]:
-    """The inverse of `read_vision`, without the preprocessor's part.
-
-    Raises:
-        ConversionError: the encoder has a trait that the released code lacks.
-    """
+def write_vision(model: ModelConfig) -> dict[str, Any]:
+    """`vision_config`: the inverse of `read_vision`, without the preprocessor's part."""
     vision, adapter = model.vision, model.adapter
-    if vision is None:
-        raise ConversionError(f"model.vision is null; {architecture} needs an encoder")
-    _check(vision, adapter, architecture)
+    assert vision is not None
+    merged, inner = adapter.widths(vision)
+    own = {
+        "rotary_base": (vision.rotary_base, ROTARY_BASE),
+        "gated_linear_unit": (vision.gated_linear_unit, True),
+        "qk_layernorm": (vision.qk_layernorm, False),
+        "merge": (adapter.merge, "concatenate"),
+        "merger_hidden_size": (inner, merged),
+        "merger_norm_eps": (adapter.layernorm_epsilon, MERGER_EPSILON),
+    }
     return {
         "embed_dim": vision.hidden_size,
         "hidden_size": model.language.hidden_size,
@@ -145,15 +162,35 @@ def write_vision(model: ModelConfig, architecture: str) -> dict[str, Any]:
         "post_norm": True,
         "initializer_range": vision.init_method_std,
         "init_merger_std": adapter.init_method_std,
+        # Fields that the released configurations do not have are written where they matter.
+        **{name: value for name, (value, released) in own.items() if value != released},
     }
 
 
-def _check(vision: VisionConfig, adapter: AdapterConfig, architecture: str) -> None:
+def check_released(model: ModelConfig, architecture: str) -> None:
+    """Refuse an encoder that departs from the released one in more than its sizes.
+
+    Raises:
+        ConversionError: it does, or there is none; tells by which field.
+    """
+    vision, adapter = model.vision, model.adapter
+    if vision is None:
+        raise ConversionError(f"model.vision is null; {architecture} needs an encoder")
     trunk = Traits(vision, "model.vision", architecture)
     trunk.need("gated_linear_unit", True)
     trunk.need("qk_layernorm", False)
+    trunk.need("in_channels", 3)
     trunk.need("rotary_base", ROTARY_BASE)
     merger = Traits(adapter, "model.adapter", architecture)
     merger.need("merge", "concatenate")
-    merger.need("hidden_size", None, vision.hidden_size * vision.spatial_merge_size**2)
+    merger.need("hidden_size", None, adapter.widths(vision)[0])
     merger.need("layernorm_epsilon", MERGER_EPSILON)
+
+
+def has_released_encoder(model: ModelConfig) -> bool:
+    """Whether the encoder is dots.vlm1's and dots.ocr's but for its sizes."""
+    try:
+        check_released(model, "")
+    except ConversionError:
+        return False
+    return True
