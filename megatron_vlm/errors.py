@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+class ConversionError(UserError):
+    """Weights or a config.json that have no exact counterpart on the other side."""

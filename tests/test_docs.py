@@ -8,13 +8,12 @@ import importlib.util
 import re
 import shlex
 import tomllib
-from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from megatron_vlm.cli.main import COMMANDS, _parse, _subcommand_parser
+from megatron_vlm.cli.main import COMMANDS, _parse, _subcommand_parser, subcommand_module
 from megatron_vlm.config import RunConfig, load_recipe
 from megatron_vlm.config.messages import known_keys
 from megatron_vlm.config.schema import ParallelConfig
@@ -93,7 +92,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    return _subcommand_parser(command, import_module(f"megatron_vlm.cli.{command}"))
+    return _subcommand_parser(command, subcommand_module(command))
 
 
 def options(parser: argparse.ArgumentParser) -> set[str]:

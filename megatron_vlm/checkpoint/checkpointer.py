@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from pydantic import ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_vlm
@@ -26,7 +27,7 @@ from megatron_vlm.checkpoint.optimizer_state import (
 )
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
 from megatron_vlm.checkpoint.writer import CheckpointWriter, first_cause
-from megatron_vlm.config import RunConfig, dump_yaml, with_absolute_paths
+from megatron_vlm.config import ModelConfig, RunConfig, dump_yaml, with_absolute_paths
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.engine.trainable import Trainable
 from megatron_vlm.errors import CheckpointError
@@ -157,6 +158,7 @@ def find_start(
             _check_tokenizer(found[0], tokenizer_json)
         if found[0] is not None and found[1]:
             state = folder.read_state(found[0])
+            _check_trained(found[0], state)
             _check_stream(found[0], state["data"], stream)
             done, total = state["progress"]["iteration"], config.training.train_iters
             if found[0].parent != root and done >= total:
@@ -172,16 +174,28 @@ def find_start(
 
 
 def _check_tokenizer(path: Path, tokenizer_json: str) -> None:
-    saved = (path / folder.TOKENIZER).read_text()
+    file = path / folder.TOKENIZER
+    # Weights may be imported without one.
+    saved = file.read_text() if file.exists() else tokenizer_json
     if saved == tokenizer_json:
         return
     # As the data set writes it: with the special tokens, which imported ones may lack.
-    name = str(path / folder.TOKENIZER)
-    if Tokenizer.from_json(saved, name).to_json() != Tokenizer.from_json(tokenizer_json).to_json():
+    if (
+        Tokenizer.from_json(saved, str(file)).to_json()
+        != Tokenizer.from_json(tokenizer_json).to_json()
+    ):
         raise CheckpointError(
             f"{path} was trained with another tokenizer than data.train: its token ids mean other "
-            f"text; build the data set with --tokenizer {name}, or set "
+            f"text; build the data set with --tokenizer {file}, or set "
             "checkpoint.same_tokenizer=false if that is meant"
+        )
+
+
+def _check_trained(path: Path, state: dict[str, Any]) -> None:
+    if "imported" in state:
+        raise CheckpointError(
+            f"{path} was imported and holds weights alone; start from it with "
+            f"checkpoint.load={path} checkpoint.load_optimizer=false, in a new run_dir"
         )
 
 
@@ -288,7 +302,7 @@ def _agree(check: Callable[[], None]) -> None:
 
 
 def _check_model(path: Path, state: dict[str, Any], config: RunConfig) -> None:
-    saved, wanted = state["model"], config.model.model_dump(mode="json")
+    saved, wanted = _meaning(path, state["model"]), _plain(config.model)
     for name in ("language", "vision", "adapter"):
         difference = _first_difference(saved.get(name), wanted.get(name), name)
         if difference is not None:
@@ -299,6 +313,31 @@ def _check_model(path: Path, state: dict[str, Any], config: RunConfig) -> None:
             )
 
 
+def _meaning(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved model with what it does not say: it may be older than some fields."""
+    try:
+        return _plain(ModelConfig.model_validate(saved))
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"]))
+        raise CheckpointError(
+            f"{path / folder.STATE}: model.{where} is of another version of megatron-vlm "
+            f"({detail['msg']}); use the version that wrote it"
+        ) from None
+
+
+def _plain(model: ModelConfig) -> dict[str, Any]:
+    """A model with every default resolved that stands for another field."""
+    found = model.model_dump(mode="json")
+    language = model.language
+    found["language"] |= {"num_query_groups": language.query_groups}
+    if not language.multi_latent_attention:
+        found["language"] |= {"kv_channels": language.head_dim}
+    if model.vision is not None:
+        found["adapter"] |= {"hidden_size": model.adapter.widths(model.vision)[1]}
+    return found
+
+
 # Fields that may change between runs of one model: they shape no tensor's meaning.
 _FREE_FIELDS = {
     "min_pixels",
@@ -307,6 +346,7 @@ _FREE_FIELDS = {
     "moe_aux_loss_coeff",
     "moe_router_bias_update_rate",
     "moe_token_dispatcher_type",
+    "mtp_loss_scaling_factor",
     "max_position_embeddings",
 }
 

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_vlm.checkpoint.folder import digest, read_manifest
 from megatron_vlm.errors import CheckpointError
@@ -70,6 +70,11 @@ def verify_index(path: Path) -> None:
         CheckpointError: it would import something else, lists more than tensors (torch would
             unpickle those), or cannot be read.
     """
+    read_index(path)
+
+
+def read_index(path: Path) -> Metadata:
+    """torch's index of a checkpoint, checked as `verify_index` says."""
     file = path / ".metadata"
     try:
         with open(file, "rb") as stream:
@@ -94,6 +99,7 @@ def verify_index(path: Path) -> None:
             f"{file}: it refers to {sorted(map(str, foreign))[0]!r}, a file that is not in the "
             "manifest; it was not opened"
         )
+    return index
 
 
 class _CheckedUnpickler(pickle._Unpickler):

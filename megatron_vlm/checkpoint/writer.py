@@ -203,6 +203,11 @@ def _begin(path: Path, state: dict[str, Any], texts: dict[str, str]) -> None:
         return
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
+    write_companions(path, state, texts)
+
+
+def write_companions(path: Path, state: dict[str, Any], texts: dict[str, str]) -> None:
+    """What a checkpoint holds besides tensors, their index and the manifest."""
     # The engine's tools want these two; ours read state.json.
     torch.save({}, path / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import keyword
 import os
 import select
 import sys
@@ -29,6 +30,8 @@ COMMANDS = {
     "train": "train: the process that torchrun, srun or mpirun starts for each device",
     "launch": "start a training run on this machine, one process for each device",
     "generate": "answer questions about pictures from a checkpoint",
+    "import": "turn a Hugging Face folder into a checkpoint",
+    "export": "turn a checkpoint into a Hugging Face folder",
 }
 """Every subcommand, in the order a newcomer meets them: the module's name and its purpose."""
 
@@ -81,12 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, rest: Sequence[str], debug: bool) -> int:
-    module = importlib.import_module(f"megatron_vlm.cli.{command}")
+    module = subcommand_module(command)
     args = _parse(_subcommand_parser(command, module), _without_debug(rest))
     args.debug = debug
     code = int(module.run(args))
     sys.stdout.flush()
     return code
+
+
+def subcommand_module(command: str) -> ModuleType:
+    """The module of a subcommand; a word of Python's own gets an underscore."""
+    name = f"{command}_" if keyword.iskeyword(command) else command
+    return importlib.import_module(f"megatron_vlm.cli.{name}")
 
 
 def _subcommand_parser(command: str, module: ModuleType) -> argparse.ArgumentParser:

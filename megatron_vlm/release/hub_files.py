@@ -14,22 +14,18 @@ from typing import Any
 
 from megatron_vlm.config.schema import ModelConfig, VisionConfig
 from megatron_vlm.data.tokenizer import SPECIAL_TOKENS, SpecialIds, Tokenizer
+from megatron_vlm.models.hf import own
+from megatron_vlm.models.hf.vision import has_released_encoder, write_vision
 
 HUB = Path(__file__).parent / "hub"
 MODELING, PROCESSING = "modeling_megatron_vlm", "processing_megatron_vlm"
 PYTHON_FILES = ("vision_megatron_vlm.py", f"{MODELING}.py", f"{PROCESSING}.py")
 
 _OWN = {
-    "dots1": ("MegatronVlmConfig", "MegatronVlmForConditionalGeneration"),
-    "deepseek_v3": (
-        "MegatronVlmDeepseekV3Config",
-        "MegatronVlmDeepseekV3ForConditionalGeneration",
-    ),
-    "qwen2": ("MegatronVlmQwen2Config", "MegatronVlmQwen2ForConditionalGeneration"),
+    "dots1": ("MegatronVlmConfig", own.ARCHITECTURES["dots1"]),
+    "deepseek_v3": ("MegatronVlmDeepseekV3Config", own.ARCHITECTURES["deepseek_v3"]),
+    "qwen2": ("MegatronVlmQwen2Config", own.ARCHITECTURES["qwen2"]),
 }
-# Fixed in the code released with dots.ocr, and in SGLang's and vLLM's.
-_RELEASED_ROTARY_BASE = 10000.0
-_RELEASED_MERGER_EPSILON = 1e-6
 _RELEASED = {
     "deepseek_v3": ("dots_vlm", "DotsVLMConfig", "DotsVLMForCausalLM"),
     "qwen2": ("dots_ocr", "DotsOCRConfig", "DotsOCRForCausalLM"),
@@ -66,7 +62,7 @@ def hub_files(
         config = vlm_config(text_config, model, ids.image)
     config = {
         **config,
-        "dtype": dtype,
+        **dtype_fields(dtype),
         "bos_token_id": None,
         "eos_token_id": ids.eos,
         "pad_token_id": ids.pad,
@@ -76,20 +72,20 @@ def hub_files(
         "generation_config.json": _generation_config(ids),
         "tokenizer_config.json": _tokenizer_config(model.language.max_position_embeddings),
     }
-    content = {name: _json(value) for name, value in files.items()}
+    content = {name: as_json(value) for name, value in files.items()}
     content["tokenizer.json"] = tokenizer.to_json().encode()
     content["chat_template.jinja"] = (HUB / "chat_template.jinja").read_bytes()
     if model.vision is not None:
-        content["preprocessor_config.json"] = _json(_preprocessor_config(model.vision))
-        content["processor_config.json"] = _json(_processor_config())
-        content |= {name: (HUB / name).read_bytes() for name in PYTHON_FILES}
+        content["preprocessor_config.json"] = as_json(_preprocessor_config(model.vision))
+        content["processor_config.json"] = as_json(_processor_config())
+        content |= python_files()
     return content
 
 
 def vlm_config(
     text_config: dict[str, Any],
     model: ModelConfig,
-    image_token_id: int,
+    image_token_id: int | None,
     video_token_id: int | None = None,
 ) -> dict[str, Any]:
     """`config.json` of a vision-language model: the decoder's fields, flat, and the encoder's.
@@ -97,7 +93,8 @@ def vlm_config(
     Args:
         text_config: the decoder's `config.json` as transformers has it for the text-only model.
         model: with an encoder.
-        image_token_id: of the placeholder that a picture's features take the place of.
+        image_token_id: of the placeholder that a picture's features take the place of; null if
+            nobody has said.
         video_token_id: likewise of video; null where the vocabulary has none.
 
     Raises:
@@ -121,57 +118,7 @@ def vlm_config(
         },
         "image_token_id": image_token_id,
         "video_token_id": video_token_id,
-        "vision_config": _vision_config(model),
-    }
-
-
-def has_released_encoder(model: ModelConfig) -> bool:
-    """Whether the encoder is dots.vlm1's and dots.ocr's but for its sizes."""
-    vision, adapter = model.vision, model.adapter
-    if vision is None:
-        return False
-    merged, inner = adapter.widths(vision)
-    return (
-        vision.gated_linear_unit
-        and not vision.qk_layernorm
-        and vision.in_channels == 3
-        and vision.rotary_base == _RELEASED_ROTARY_BASE
-        and adapter.merge == "concatenate"
-        and inner == merged
-        and adapter.layernorm_epsilon == _RELEASED_MERGER_EPSILON
-    )
-
-
-def _vision_config(model: ModelConfig) -> dict[str, Any]:
-    vision, adapter = model.vision, model.adapter
-    assert vision is not None
-    merged, inner = adapter.widths(vision)
-    own = {
-        "rotary_base": (vision.rotary_base, _RELEASED_ROTARY_BASE),
-        "gated_linear_unit": (vision.gated_linear_unit, True),
-        "qk_layernorm": (vision.qk_layernorm, False),
-        "merge": (adapter.merge, "concatenate"),
-        "merger_hidden_size": (inner, merged),
-        "merger_norm_eps": (adapter.layernorm_epsilon, _RELEASED_MERGER_EPSILON),
-    }
-    return {
-        "embed_dim": vision.hidden_size,
-        "hidden_size": model.language.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "num_channels": vision.in_channels,
-        "patch_size": vision.patch_size,
-        "spatial_merge_size": vision.spatial_merge_size,
-        "temporal_patch_size": 1,
-        "rms_norm_eps": vision.layernorm_epsilon,
-        "use_bias": False,
-        "is_causal": False,
-        "post_norm": True,
-        "initializer_range": vision.init_method_std,
-        "init_merger_std": adapter.init_method_std,
-        # Fields that the released configurations do not have are written where they matter.
-        **{name: value for name, (value, released) in own.items() if value != released},
+        "vision_config": write_vision(model),
     }
 
 
@@ -220,5 +167,16 @@ def _tokenizer_config(longest: int) -> dict[str, Any]:
     }
 
 
-def _json(value: Any) -> bytes:
+def dtype_fields(dtype: str) -> dict[str, str]:
+    """The dtype for every reader: transformers 4.56 gave the field a new name."""
+    return {"dtype": dtype, "torch_dtype": dtype}
+
+
+def python_files() -> dict[str, bytes]:
+    """The code that an exported model with an encoder carries, by its files' names."""
+    return {name: (HUB / name).read_bytes() for name in PYTHON_FILES}
+
+
+def as_json(value: Any) -> bytes:
+    """JSON as transformers writes it."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from megatron_vlm.cli.main import COMMANDS, _parse, _subcommand_parser
+from megatron_vlm.cli.main import COMMANDS, _parse, _subcommand_parser, subcommand_module
 from megatron_vlm.config import load_recipe
 from megatron_vlm.demo.settings import demo_config
 from megatron_vlm.topology.layout import resolve_layout
@@ -18,14 +17,14 @@ pytestmark = pytest.mark.unit
 
 def examples(name: str) -> list[list[str]]:
     """The words of each example, redirections left out."""
-    text = import_module(f"megatron_vlm.cli.{name}").HELP.partition("example:\n")[2]
+    text = subcommand_module(name).HELP.partition("example:\n")[2]
     lines = text.replace("\\\n", " ").strip().splitlines()
     return [shlex.split(line.partition(" > ")[0]) for line in lines]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_run_as_typed(name: str) -> None:
-    module = import_module(f"megatron_vlm.cli.{name}")
+    module = subcommand_module(name)
     found = examples(name)
     assert found
     for words in found:

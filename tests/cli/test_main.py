@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +14,7 @@ import pytest
 import yaml
 
 from megatron_vlm import __version__
-from megatron_vlm.cli.main import COMMANDS, main
+from megatron_vlm.cli.main import COMMANDS, main, subcommand_module
 from megatron_vlm.config import load_recipe
 from megatron_vlm.errors import ConfigError
 
@@ -175,7 +174,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_subcommand_tells_its_purpose_and_an_example(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = import_module(f"megatron_vlm.cli.{name}")
+    module = subcommand_module(name)
     assert module.HELP.strip().splitlines()[0].endswith(".")
     assert exit_of(name, "--help") == 0
     out = capsys.readouterr().out
