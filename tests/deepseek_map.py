@@ -27,8 +27,11 @@ def deepseek_config(language: LanguageConfig, **options: Any) -> DeepseekV3Confi
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": language.rotary_base}
     scaling = language.rope_scaling
     if scaling is not None:
+        told = (
+            {"factor"} if scaling.type == "linear" else set(type(scaling).model_fields) - {"type"}
+        )
         rope = {
-            **scaling.model_dump(exclude={"type"}, exclude_none=True),
+            **scaling.model_dump(include=told, exclude_none=True),
             "rope_type": scaling.type,
             "rope_theta": language.rotary_base,
         }
