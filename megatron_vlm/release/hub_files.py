@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config.schema import ModelConfig, VisionConfig
-from megatron_vlm.data.tokenizer import SPECIAL_TOKENS, SpecialIds, Tokenizer
+from megatron_vlm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_vlm.models.hf import own
 from megatron_vlm.models.hf.vision import has_released_encoder, write_vision
 
@@ -69,7 +69,7 @@ def hub_files(
     }
     files: dict[str, Any] = {
         "config.json": config,
-        "generation_config.json": _generation_config(ids),
+        "generation_config.json": _generation_config(tokenizer, model.language.vocab_size),
         "tokenizer_config.json": _tokenizer_config(model.language.max_position_embeddings),
     }
     content = {name: as_json(value) for name, value in files.items()}
@@ -149,8 +149,12 @@ def _processor_config() -> dict[str, Any]:
     }
 
 
-def _generation_config(ids: SpecialIds) -> dict[str, Any]:
-    return {"eos_token_id": [ids.eos, ids.end], "pad_token_id": ids.pad, "do_sample": False}
+def _generation_config(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    ids = tokenizer.special_ids
+    config = {"eos_token_id": [ids.eos, ids.end], "pad_token_id": ids.pad, "do_sample": False}
+    unused = range(tokenizer.vocab_size, vocab_size)
+    # Rows of the embedding that no token has are never an answer, as in `mvlm generate`.
+    return {**config, "suppress_tokens": list(unused)} if unused else config
 
 
 def _tokenizer_config(longest: int) -> dict[str, Any]:
