@@ -98,7 +98,7 @@ def test_killed_and_resumed_is_bit_identical(
         pytest.param("pp3_uneven", "pp2_vpp2_uneven", False, marks=pytest.mark.slow),
         pytest.param("ep2_etp2", "mbs2", True, marks=pytest.mark.slow),
         # The embedding that two stages hold becomes one, and two again.
-        ("deepseek_pp2", "deepseek_tp2_sp", True),
+        pytest.param("deepseek_pp2", "deepseek_tp2_sp", True, marks=pytest.mark.slow),
         pytest.param("deepseek_ep2_mbs2", "deepseek_dp2_pp2_cp2", False, marks=pytest.mark.slow),
     ],
 )

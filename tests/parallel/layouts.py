@@ -104,9 +104,9 @@ LAYOUTS: dict[str, Layout] = {
     "deepseek_pp2": _layout(2, *DEEPSEEK, pp=2),
     "deepseek_cp2": _layout(2, *DEEPSEEK, cp=2),
     "deepseek_ep2_mbs2": _layout(2, *DEEPSEEK, ep=2, mbs=2),
-    "deepseek_tp2_pp2_ep2": _layout(8, *DEEPSEEK, tp=2, pp=2, ep=2, quick=True),
+    "deepseek_tp2_pp2_ep2": _layout(8, *DEEPSEEK, tp=2, pp=2, ep=2),
     "deepseek_pp2_vpp2_ep2_overlap": _layout(
-        4, *DEEPSEEK, pp=2, vpp=2, ep=2, overlap=True, stages="Et|t|tt|L", quick=True, fp32=True
+        4, *DEEPSEEK, pp=2, vpp=2, ep=2, overlap=True, stages="Et|t|tt|L", quick=True
     ),
     "deepseek_dp2_pp2_cp2": _layout(8, *DEEPSEEK, pp=2, cp=2),
 }

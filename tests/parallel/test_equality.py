@@ -142,7 +142,9 @@ def test_overlap_changes_nothing(references: References) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["dp2", "tp2_pp2_ep2", "pp2_cp2_ep2"])
+@pytest.mark.parametrize(
+    "name", ["dp2", pytest.param("tp2_pp2_ep2", marks=pytest.mark.slow), "pp2_cp2_ep2"]
+)
 def test_few_pictures(name: str, tmp_path: Path) -> None:
     """Micro-batches, ranks and whole steps without any picture, in one run."""
     data = build_sparse_data(tmp_path / "data")

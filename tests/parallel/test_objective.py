@@ -100,7 +100,7 @@ def _train(data: Path, run_dir: Path, world_size: int, *words: str) -> Any:
     "name",
     [
         "pp2_cp2_ep2",
-        "tp2_sp",
+        pytest.param("tp2_sp", marks=pytest.mark.slow),
         pytest.param("pp2_vpp2_ep2_overlap", marks=pytest.mark.slow),
         pytest.param("dp2_mbs2", marks=pytest.mark.slow),
     ],
