@@ -111,6 +111,9 @@ def release_run(request: Request, say: Callable[[str], None]) -> Report:
             those before it are.
         PushError: all releases are there, but not all of them where they should be sent.
     """
+    base = request.options.base_model
+    if base is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base, re.ASCII):
+        raise ConfigError(f"--base-model {base}: expected OWNER/NAME, as the hub names it")
     target = push_target(request.push) if request.push is not None else None
     if request.options.verify:
         check_installed()
@@ -244,7 +247,10 @@ def _make(
             (hidden / MARKER).unlink()
             if options.with_optimizer:
                 release_folder.include_checkpoint(candidate.path, hidden)
-        verified = verify(hidden, candidate.path, options.dtype, name) if options.verify else None
+        verified = None
+        if options.verify:
+            say(f"{planned.target}: being compared with the checkpoint's own logits")
+            verified = verify(hidden, candidate.path, options.dtype, name)
         facts |= {
             "licence": options.licence,
             "base_model": options.base_model,

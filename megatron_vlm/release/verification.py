@@ -8,6 +8,7 @@ their prompt, are left out.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import io
@@ -99,6 +100,8 @@ def verify(folder: Path, checkpoint: Path, dtype: str, name: str) -> Verificatio
         sees = "vision_config" in json.loads((folder / "config.json").read_text())
         picture = synthetic_picture() if sees else None
         ours = trainer_logits(checkpoint, dtype, _rows, _QUESTION, picture)
+        # The other program needs the room, and modules refer to each other in circles.
+        gc.collect()
         theirs, version = _their_logits(folder, Path(scratch), ours, picture, name)
         worst, compared, positions = 0.0, 0, 0
         for mine, other in zip(ours, theirs, strict=True):

@@ -175,9 +175,8 @@ def test_what_is_not_ours_is_never_replaced(vlm_run: Path, three: Path, tmp_path
 
 
 def test_a_replacement_cut_short_is_put_back(vlm_run: Path, three: Path) -> None:
-    first = _folders(three)[0]
+    first, _, second = _folders(three)
     os.rename(first, first.with_name(f".{first.name}.replaced"))
-    second = _folders(three)[2]
     shutil.copytree(second, second.with_name(f".{second.name}.replaced"))
     report = _report(plainly(vlm_run, three, *ALL, "--json"))
     assert len(report["skipped"]) == 3 and not list(three.glob(".*"))
@@ -281,3 +280,46 @@ def test_the_state_is_of_the_release(three: Path) -> None:
         facts = state(folder)
         assert facts["verification"] is None and facts["release"] == folder.name
         assert "Not verified" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--iterations", "2,x"], "--iterations 2,x: expected whole numbers"),
+        (["--iterations", "2,5"], "--iterations 5: "),
+        (["--every-tokens", "many"], "--every-tokens many: expected a whole number"),
+        (["--every-tokens", "1T"], "no checkpoint has reached that many"),
+        (["--max-shard-size", "5"], "--max-shard-size 5: expected a size"),
+        (["--name", "a/b"], "--name a/b: expected up to 60 letters"),
+        (["--name", ".hidden"], "--name .hidden: expected"),
+        (["--licence", "free"], "--licence free: expected an SPDX identifier"),
+        (["--base-model", "a b"], "--base-model a b: expected OWNER/NAME"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    vlm_run: Path, tmp_path: Path, words: list[str], told: str
+) -> None:
+    out = tmp_path / "out"
+    code, said, err = plainly(vlm_run, out, *words)
+    assert code == 2 and told in err and said == "" and not out.exists()
+    assert err.count("mvlm: error: ") == err.count("\n") == 1
+
+
+def test_wrong_folders_are_one_line(vlm_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for run, out, told in (
+        (tmp_path / "nowhere", tmp_path / "out", "no such folder"),
+        (tmp_path, tmp_path / "out", "holds no whole checkpoint"),
+        (vlm_run, file, f"{file}: is a file"),
+        (vlm_run, file / "below", f"{file / 'below'}: could not be written"),
+    ):
+        code, _, err = plainly(run, out)
+        assert code == 2 and told in err and err.count("\n") == 1, err
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_which_is_asked_for_once(vlm_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        plainly(vlm_run, tmp_path / "out", "--every-tokens", "1", "--iterations", "2")
+    assert caught.value.code == 2
