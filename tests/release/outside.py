@@ -3,6 +3,7 @@
     python outside.py answer FOLDER REQUEST RESULT
     python outside.py example FOLDER SCRIPT
     python outside.py round_trip FOLDER...
+    python outside.py resave FOLDER...
 
 Importing megatron-core or this package fails here, as where they are not installed.
 """
@@ -172,7 +173,20 @@ def round_trip(*folders: str) -> None:
             assert kept["vision_config"][name] == value, name
 
 
+def resave(*folders: str) -> None:
+    """Load all of a folder and nothing more, and let transformers write it again."""
+    from transformers import AutoModelForImageTextToText
+
+    for folder in folders:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            folder, trust_remote_code=True, output_loading_info=True
+        )
+        assert not any(loading.values()), loading
+        model.save_pretrained(Path(folder) / "saved")
+
+
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
-    {"answer": answer, "example": example, "round_trip": round_trip}[sys.argv[1]](*sys.argv[2:])
+    actions = {"answer": answer, "example": example, "round_trip": round_trip, "resave": resave}
+    actions[sys.argv[1]](*sys.argv[2:])
     assert "torchvision" not in sys.modules

@@ -109,6 +109,16 @@ def read_vision(
             "hidden_size": inner.integer("merger_hidden_size", None),
             "layernorm_epsilon": inner.number("merger_norm_eps", MERGER_EPSILON),
         }
+    else:
+        # No fields of the released classes, but transformers saves them with our code of them.
+        inner.expect("rotary_base", ROTARY_BASE, int(ROTARY_BASE))
+        inner.expect("gated_linear_unit", True)
+        inner.expect("qk_layernorm", False)
+        inner.expect("merge", "concatenate")
+        inner.expect("merger_hidden_size", None)
+        inner.expect("merger_norm_eps", MERGER_EPSILON)
+        adapter |= {"layernorm_epsilon": MERGER_EPSILON}
+        vision |= {"rotary_base": ROTARY_BASE}
     inner.done()
     if preprocessor is not None:
         vision |= _read_preprocessor(preprocessor, vision)
