@@ -229,8 +229,8 @@ def test_weights_that_compute_something_else_are_not_released(
     assert "VerificationError: dots-vlm-nano-iter_0000002-" in line and "differ from" in line
 
 
-def test_a_folder_that_transformers_refuses_is_not_released(
-    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_that_needs_this_package_is_not_released(
+    vlm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_vlm.release import releasing
 
@@ -238,16 +238,17 @@ def test_a_folder_that_transformers_refuses_is_not_released(
 
     def wrong(source: Path, target: Path, **options: Any) -> Any:
         done = export(source, target, **options)
-        config = json.loads((target / "config.json").read_text())
-        config["num_hidden_layers"] = 5
-        (target / "config.json").write_text(json.dumps(config))
+        with open(target / "modeling_megatron_vlm.py", "a") as stream:
+            stream.write("from megatron.core import parallel_state\n")
         return done
 
     monkeypatch.setattr(releasing, "export_checkpoint", wrong)
     out = tmp_path / "out"
-    code, _, err = released(text_run, out)
+    code, _, err = released(vlm_run, out)
     assert code == 1 and not out.exists()
-    assert "transformers cannot load and run it (missing_keys while loading" in err
+    (line,) = (line for line in err.splitlines() if line.startswith("mvlm: "))
+    assert "dots-vlm-nano-iter_0000006-" in line and "transformers cannot load and run it" in line
+    assert "megatron" in line and "--no-verify" in line
 
 
 @pytest.mark.parametrize("version", [None, "5.9.1"])
