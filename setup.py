@@ -31,15 +31,20 @@ REQUIRES = [
     # Older ones make special tokens of text that spells them (encode_special_tokens).
     "tokenizers>=0.15.1",
     "rich",
+    # Its list of licences came with this one.
+    "packaging>=24.2",
 ]
 DEMO = ["scikit-learn", "scikit-image", "matplotlib"]
+RELEASE = ["transformers>=5.10", "matplotlib", "huggingface_hub"]
 EXTRAS = {
     # Transformer Engine's torch binding is compiled on installation, against a CUDA torch.
     "gpu": ["transformer-engine[pytorch,core_cu13]>=2.7", "nvidia-dali-cuda130>=2"],
     "mpi": ["mpi4py>=4"],
     "demo": DEMO,
+    "release": RELEASE,
     "dev": [
         *DEMO,
+        *RELEASE,
         "pytest",
         "ruff",
         "mypy",
@@ -47,7 +52,6 @@ EXTRAS = {
         # Open MPI itself, so that starting by mpirun is tested without a system package.
         "mpi4py>=4",
         "openmpi>=5",
-        "transformers>=5",
         "types-PyYAML",
         "types-psutil",
     ],

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export; raises UserError for what is wrong with the checkpoint or the folder."""
-    most = _bytes(args.max_shard_size)
+    most = parse_bytes(args.max_shard_size)
     from megatron_vlm.release.exporting import as_json, describe, export_checkpoint
 
     summary = export_checkpoint(
@@ -65,7 +65,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bytes(text: str) -> int:
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 5GB.
+
+    Raises:
+        ConfigError: it is none.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if size < 1:

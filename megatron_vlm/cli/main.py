@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "answer questions about pictures from a checkpoint",
     "import": "turn a Hugging Face folder into a checkpoint",
     "export": "turn a checkpoint into a Hugging Face folder",
+    "release": "publish intermediate checkpoints of a run, each with a card and its training state",
 }
 """Every subcommand, in the order a newcomer meets them: the module's name and its purpose."""
 

@@ -379,6 +379,9 @@ class TrainingConfig(_Section):
     """Non-finite steps in a row that are skipped before the run stops with an error."""
     log_interval: int = Field(1, gt=0)
     """Steps between log lines; metrics are written every step."""
+    stage: str | None = None
+    """Name of the stage of training that this run is, told in releases; null: not named. Our
+    choice."""
 
 
 class OptimizerConfig(_Section):

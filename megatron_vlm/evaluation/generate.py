@@ -165,6 +165,37 @@ class Answerer:
             start = stop_at
         return answers
 
+    @torch.no_grad()
+    def logits(
+        self, prompts: Sequence[Question | Sequence[int]]
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """Scores of the next token after every token of each prompt, from one forward pass.
+
+        Args:
+            prompts: questions, encoded as `answer` does, or token ids without pictures.
+
+        Returns:
+            For each: its ids, pictures as their placeholders, and logits `[tokens, vocabulary]`
+            in the model's precision, on the host. The vocabulary is the tokenizer's.
+
+        Raises:
+            DataError: a picture cannot be read, or a prompt is longer than the model allows.
+        """
+        encoded = [
+            self._prompt(prompt) if isinstance(prompt, Question) else self._tokens(prompt)
+            for prompt in prompts
+        ]
+        hidden, bounds = self._hidden(encoded, [[] for _ in encoded])
+        scores = self._scores(hidden).cpu()
+        return [
+            (prompt.ids, scores[start:end])
+            for prompt, start, end in zip(encoded, bounds, bounds[1:], strict=False)
+        ]
+
+    def _tokens(self, ids: Sequence[int]) -> _Prompt:
+        hidden = self.config.model.language.hidden_size
+        return _Prompt(list(ids), torch.zeros(0, hidden), np.zeros(0, dtype=np.int64))
+
     def _prompt(self, question: Question) -> _Prompt:
         vision, encoder = self.config.model.vision, self.model.encoder
         ids = encode_prompt(self.tokenizer, question.text, len(question.pictures))
@@ -213,6 +244,14 @@ class Answerer:
         return [self.tokenizer.decode([t for t in ids if t not in ends]) for ids in given]
 
     def _next_tokens(self, prompts: list[_Prompt], given: list[list[int]]) -> list[int]:
+        hidden, bounds = self._hidden(prompts, given)
+        last = hidden[torch.from_numpy(bounds[1:] - 1).to(hidden.device)]
+        return self._scores(last).argmax(dim=-1).tolist()
+
+    def _hidden(
+        self, prompts: list[_Prompt], given: list[list[int]]
+    ) -> tuple[torch.Tensor, NDArray[np.int64]]:
+        """The decoder's states `[tokens, hidden]` of all prompts, and where each prompt begins."""
         device = self.topology.device
         lengths = [len(p.ids) + len(g) for p, g in zip(prompts, given, strict=True)]
         bounds = np.concatenate(([0], np.cumsum(lengths)))
@@ -238,12 +277,16 @@ class Answerer:
             decoder_input=decoder.embed(ids, features, where),
             packed_seq_params=rows,
         )
-        last = hidden[0, torch.from_numpy(bounds[1:] - 1).to(device)].unsqueeze(1)
+        return hidden[0], bounds
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[tokens, vocabulary]` of states `[tokens, hidden]`."""
+        decoder = self._decoder
         tied = decoder.share_embeddings_and_output_weights
         weight = decoder.shared_embedding_or_output_weight() if tied else None
-        logits, _ = decoder.output_layer(last, weight=weight)
+        logits, _ = decoder.output_layer(hidden.unsqueeze(1), weight=weight)
         # Rows of the embedding beyond the tokenizer's are padding: never an answer.
-        return logits[:, 0, : self.tokenizer.vocab_size].argmax(dim=-1).tolist()
+        return logits[:, 0, : self.tokenizer.vocab_size]
 
 
 def _alone(config: RunConfig) -> RunConfig:

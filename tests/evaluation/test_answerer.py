@@ -130,3 +130,37 @@ def _devices(world: World, config: RunConfig) -> set[str]:
 
 def test_pixels_and_grids_go_where_the_encoder_is(nano_data: Path, tmp_path: Path) -> None:
     assert run_ranks(1, _devices, recipe(nano_data, tmp_path)) == [{"meta"}]
+
+
+def _scores(world: World, config: RunConfig) -> dict[str, Any]:
+    from megatron_vlm.evaluation.generate import Answerer, Question
+
+    seen = Question("which?", (_picture(56, 84), _picture(28, 28)))
+    with Answerer(config, byte_tokenizer(), None) as answerer:
+        ids = byte_tokenizer().encode("some text")
+        together = answerer.logits([seen, ids, Question(PROMPT)])
+        alone = answerer.logits([seen]) + answerer.logits([ids])
+        chosen: list[int] = []
+        pick = answerer._next_tokens
+        answerer._next_tokens = lambda *given: chosen.append(pick(*given)[0]) or chosen[-1:]  # type: ignore
+        answerer.answer([seen], 1)
+        return {
+            "together": together,
+            "alone": alone,
+            "chosen": chosen,
+            "prompt": answerer._prompt(seen).ids,
+            "given": ids,
+        }
+
+
+def test_logits_of_prompts_side_by_side(nano_data: Path, tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _scores, recipe(nano_data, tmp_path))
+    (seen, seen_logits), (ids, logits), (_, last) = found["together"]
+    assert seen == found["prompt"] and ids == found["given"]
+    assert seen_logits.shape == (len(seen), byte_tokenizer().vocab_size)
+    assert last.shape[1] == byte_tokenizer().vocab_size
+    for mine, (_, other) in zip((seen_logits, logits), found["alone"], strict=True):
+        assert torch.allclose(mine, other, rtol=1e-12, atol=1e-12)
+    assert found["chosen"] == [int(seen_logits[-1].argmax())]
+    # Causal: what comes later changes nothing; and every position has scores of its own.
+    assert len({tuple(row) for row in logits.tolist()}) == len(ids)

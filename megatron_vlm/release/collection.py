@@ -1,0 +1,146 @@
+"""The index over all releases of a folder: README.md for people, collection.json for programs.
+
+Both are made anew from the `training_state.json` of every release that lies there, so releases of
+earlier commands stand in them too, and an interruption leaves nothing to be mended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.checkpoint.folder import write_atomically
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.release.card import FILE as CARD
+from megatron_vlm.release.card import STATE_FILE, header, number
+from megatron_vlm.release.licences import front_matter
+from megatron_vlm.release.words import bytes_in_words, count_in_words
+
+FILE = "collection.json"
+FORMAT = "megatron-vlm release collection 1"
+STATE_FORMAT = "megatron-vlm release 1"
+
+
+def read_release(path: Path) -> dict[str, Any] | None:
+    """The `training_state.json` of a release; null if `path` holds none of ours."""
+    try:
+        facts = json.loads((path / STATE_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    ours = isinstance(facts, dict) and facts.get("format") == STATE_FORMAT
+    return facts if ours and facts.get("release") == path.name else None
+
+
+def releases(folder: Path) -> list[dict[str, Any]]:
+    """What lies in a folder, by name and then by iteration."""
+    found = [
+        facts
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and (facts := read_release(path))
+    ]
+    return sorted(found, key=lambda facts: (facts["name"], facts["iteration"], facts["release"]))
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder whose README.md or collection.json is not ours.
+
+    Raises:
+        ConversionError: one of them was written by something else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: is a file; name a folder to write releases into")
+    try:
+        record = json.loads((folder / FILE).read_text())
+        ours = isinstance(record, dict) and record.get("format") == FORMAT
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    for name in (FILE, CARD):
+        if not ours and (folder / name).exists():
+            raise ConversionError(
+                f"{folder / name}: was not written by mvlm release; name another folder"
+            )
+
+
+def write_collection(folder: Path) -> None:
+    """Write both files anew; each is replaced as a whole."""
+    for name, text in collection_files(releases(folder), lambda name: f"{name}/{CARD}").items():
+        write_atomically(folder / name, text)
+
+
+def collection_files(found: Sequence[dict[str, Any]], link: Callable[[str], str]) -> dict[str, str]:
+    """Both files' text by name.
+
+    Args:
+        found: each release's `training_state.json`.
+        link: where a release of a name is to be seen from here.
+    """
+    entries = [_entry(facts) for facts in found]
+    record = {"format": FORMAT, "releases": entries}
+    # The list first: a README.md without it would not be known as ours.
+    return {
+        FILE: json.dumps(record, indent=2, allow_nan=False) + "\n",
+        CARD: _readme(found, entries, link),
+    }
+
+
+def _entry(facts: dict[str, Any]) -> dict[str, Any]:
+    losses = facts["losses"]
+    return {
+        "release": facts["release"],
+        "name": facts["name"],
+        "tokens": facts["consumed"]["tokens"],
+        "iteration": facts["iteration"],
+        "stage": facts["stage"],
+        "learning_rate": facts["learning_rate"]["value"],
+        "training_losses": losses["training"],
+        "validation_losses": {name: each["value"] for name, each in losses["validation"].items()},
+        "bytes": sum(facts["files"].values()),
+        "licence": facts["licence"],
+        "verified": facts["verification"] is not None,
+        "manifest_sha256": facts["source"]["manifest_sha256"],
+    }
+
+
+def _readme(
+    found: Sequence[dict[str, Any]], entries: list[dict[str, Any]], link: Callable[[str], str]
+) -> str:
+    lines = [
+        "| Release | Tokens | Iteration | Learning rate | Training loss | Validation losses "
+        "| Size |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        training = {k: v for k, v in entry["training_losses"].items() if k != "load_balancing_loss"}
+        cells = (
+            f"[{entry['release']}]({link(entry['release'])})",
+            count_in_words(entry["tokens"]),
+            f"{entry['iteration']:,}",
+            number(entry["learning_rate"], ".6g"),
+            _losses(training),
+            _losses(entry["validation_losses"]),
+            bytes_in_words(entry["bytes"]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    names = list(dict.fromkeys(entry["name"] for entry in entries))
+    licences = {facts["licence"] for facts in found}
+    head = header(
+        {
+            **front_matter(licences.pop() if len(licences) == 1 else "other"),
+            "library_name": "transformers",
+            "tags": ["megatron-vlm", "intermediate-checkpoint"],
+        }
+    )
+    table = "\n".join(lines)
+    return (
+        f"{head}\n\n# Intermediate checkpoints of {', '.join(names)}\n\n{table}\n\n"
+        f"The same for programs: `{FILE}`. What each one is, how it was trained and how it is "
+        "loaded is on its own card.\n"
+    )
+
+
+def _losses(values: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {number(value, '.4f')}" for name, value in values.items()) or "-"
