@@ -24,12 +24,18 @@ def _folders(out: Path) -> list[Path]:
     return sorted(p for p in out.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-@pytest.fixture
-def three(vlm_run: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def made_once(vlm_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("three") / "out"
     code, _, err = plainly(vlm_run, out, *ALL)
     assert code == 0, err
     return out
+
+
+@pytest.fixture
+def three(made_once: Path, tmp_path: Path) -> Path:
+    """Unverified releases of iterations 2, 4 and 6, to be damaged."""
+    return Path(shutil.copytree(made_once, tmp_path / "out"))
 
 
 def _report(found: tuple[int, str, str]) -> dict[str, Any]:
