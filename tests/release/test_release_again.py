@@ -47,6 +47,7 @@ def _times(out: Path) -> dict[str, int]:
     return {path.name: (path / "README.md").stat().st_mtime_ns for path in _folders(out)}
 
 
+@pytest.mark.slow
 def test_killed_between_two_the_rest_is_made(vlm_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["release", str(vlm_run), str(out), *ALL, "--no-verify"]
@@ -235,6 +236,7 @@ def test_weights_that_compute_something_else_are_not_released(
     assert "VerificationError: dots-vlm-nano-iter_0000002-" in line and "differ from" in line
 
 
+@pytest.mark.slow
 def test_a_folder_that_needs_this_package_is_not_released(
     vlm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

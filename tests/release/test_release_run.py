@@ -150,6 +150,7 @@ def test_verified_as_measured(vlm_releases: dict) -> None:
         assert 0.8 * found["positions"] < found["compared"] <= found["positions"] == 168
 
 
+@pytest.mark.slow
 def test_each_card_runs_where_only_transformers_is(vlm_releases: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(vlm_releases["folder"], out)
@@ -164,6 +165,7 @@ def test_each_card_runs_where_only_transformers_is(vlm_releases: dict, tmp_path:
     assert len(re.findall(r"^ran nano-iter_000000[246]-", done.stdout, re.MULTILINE)) == 3
 
 
+@pytest.mark.slow
 def test_text_alone_rounded(text_run: Path, tmp_path: Path) -> None:
     """Of an fp32 run, as bfloat16: the newest, without held-out sets, none of whose metrics are."""
     run = tmp_path / "run"
@@ -197,6 +199,7 @@ def test_text_alone_rounded(text_run: Path, tmp_path: Path) -> None:
     checked_by_coreutils(folder)
 
 
+@pytest.mark.slow
 def test_finer_weights_are_compared_with_finer_weights(vlm_run: Path, tmp_path: Path) -> None:
     words = ("--iterations", "4", "--dtype", "float32")
     code, _, err = released(vlm_run, tmp_path / "out", *words)
