@@ -10,7 +10,8 @@ from typing import IO
 
 from megatron_vlm.errors import CheckpointError
 
-_NAME = ".in-use"
+NAME = ".in-use"
+"""File in a run folder that is locked, and says by whom."""
 
 
 class RunLock:
@@ -27,7 +28,7 @@ class RunLock:
             CheckpointError: another process has it.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / _NAME
+        path = run_dir / NAME
         self._stream: IO[str] | None = open(path, "a+")
         try:
             fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

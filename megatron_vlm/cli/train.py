@@ -17,7 +17,8 @@ import time
 
 HELP = """Train in this process: alone, or as one rank under torchrun, srun or mpirun.
 
-On this machine `mvlm launch` starts the ranks itself.
+On this machine `mvlm launch` starts the ranks itself. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint
+and leaves; a second Ctrl-C ends at once.
 
 example:
   mvlm train demo parallel.expert_model_parallel_size=1 data.train=datasets/train

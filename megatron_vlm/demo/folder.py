@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vlm.checkpoint import lock
 from megatron_vlm.errors import ConfigError
 
 RESULT = "result.json"
@@ -16,7 +17,7 @@ _MARKER = "demo.json"
 _FORMAT = "megatron-vlm demo run 1"
 _FOLDERS = ("checkpoints", "tensorboard", "logs")
 ANSWERS = "answers.json"
-_FILES = ("metrics.jsonl", "config.yaml", "answers.png", ANSWERS, ".in-use", RESULT)
+_FILES = ("metrics.jsonl", "config.yaml", "answers.png", ANSWERS, lock.NAME, RESULT)
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vlm.data.collate import TextBatch, structure
+from megatron_vlm.data.collate import Structure, TextBatch, structure
 from megatron_vlm.data.plan import MicroBatchPlan
-from megatron_vlm.engine.zigzag import gathered_order, local_tokens, positions
+from megatron_vlm.engine.zigzag import gathered_order, local_tokens
 from megatron_vlm.models.language.packing import ContextParallelRows, PackedRows
 from megatron_vlm.topology.mesh import Topology
 
@@ -71,8 +71,8 @@ def build_micro_batch(
     layout, device = topology.layout, topology.device
     cu_seqlens = plan.cu_seqlens
     mine = local_tokens(cu_seqlens, layout.cp, topology.coordinates.cp)
-    segment_ids, row_ids, row_tokens = _token_maps(plan)
-    within = positions(cu_seqlens).astype(np.int64)
+    known = structure(plan)
+    segment_ids, row_ids, row_tokens = _token_maps(plan, known)
     bounds = torch.from_numpy(cu_seqlens.astype(np.int32)).to(device)
     rows = PackedRows(
         qkv_format="thd",
@@ -82,17 +82,15 @@ def build_micro_batch(
         max_seqlen_kv=plan.max_seqlen,
         row_ids=torch.from_numpy(row_ids[mine]).to(device),
         row_tokens=torch.from_numpy(row_tokens).to(device),
-        position_ids=torch.from_numpy(within[mine]).to(device),
+        position_ids=known.position_ids[mine].to(device),
         balance_weight=balance_weight,
     )
     if layout.cp > 1:
-        assert rows.position_ids is not None
         order = gathered_order(cu_seqlens, layout.cp)
         rows.context = ContextParallelRows(
             cu_seqlens=bounds // layout.cp,
-            query_positions=rows.position_ids,
             key_order=torch.from_numpy(order).to(device),
-            key_positions=torch.from_numpy(within).to(device),
+            key_positions=known.position_ids.to(device),
         )
     batch = MicroBatch(plan, rows, torch.from_numpy(segment_ids[mine]).to(device))
     if text is not None:
@@ -125,9 +123,10 @@ def _shifted(
     return text.tokens[following], text.labels[following], loss_mask
 
 
-def _token_maps(plan: MicroBatchPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _token_maps(
+    plan: MicroBatchPlan, known: Structure
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per token: its segment; its row or -1 for padding; and per row: its real tokens."""
-    known = structure(plan)
     row_ids = known.row_ids.masked_fill(known.padding_mask, -1).numpy()
     row_tokens = np.bincount(row_ids[row_ids >= 0], minlength=len(plan.rows)).astype(np.int64)
     lengths = np.diff(plan.cu_seqlens)

@@ -31,9 +31,3 @@ def gathered_order(cu_seqlens: np.ndarray, cp: int) -> np.ndarray:
     order = np.empty_like(laid)
     order[laid] = np.arange(len(laid))
     return order
-
-
-def positions(cu_seqlens: np.ndarray) -> np.ndarray:
-    """Position of each token inside its segment: `[tokens]` int64."""
-    lengths = np.diff(cu_seqlens)
-    return np.arange(int(cu_seqlens[-1])) - np.repeat(cu_seqlens[:-1], lengths)

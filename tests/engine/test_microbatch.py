@@ -65,10 +65,10 @@ def test_cut(cp: int) -> None:
             assert batch.segment_ids.tolist() == [loop[token][0] for token in mine]
             rows = [loop[token][2] if loop[token][3] else -1 for token in mine]
             assert batch.rows.row_ids.tolist() == rows
-            if cp > 1:
-                within = [loop[token][1] for token in mine]
-                assert batch.rows.context is not None
-                assert batch.rows.context.query_positions.tolist() == within
+            within = [loop[token][1] for token in mine]
+            assert batch.rows.position_ids is not None
+            assert batch.rows.position_ids.tolist() == within
+            assert (batch.rows.context is not None) == (cp > 1)
         assert sorted(laid) == list(range(total))
         for batch in batches:
             rows, counts = batch.rows, np.zeros(3, dtype=int)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vlm.engine.zigzag import gathered_order, local_tokens, positions
+from megatron_vlm.engine.zigzag import gathered_order, local_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -22,7 +22,6 @@ def test_by_hand() -> None:
     assert local_tokens(bounds, 2, 1).tolist() == [2, 3, 4, 5, 9, 10]
     # Ranks end to end: 0 1 6 7 8 11 2 3 4 5 9 10; where is token t?
     assert gathered_order(bounds, 2).tolist() == [0, 1, 6, 7, 8, 9, 2, 3, 4, 10, 11, 5]
-    assert positions(bounds).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
 
 
 def test_by_hand_three_ranks() -> None:
@@ -51,16 +50,10 @@ def test_coverage_and_order(cp: int) -> None:
 
 @pytest.mark.parametrize("cp", [2, 4])
 def test_causal_work_is_even(cp: int) -> None:
-    bounds = _bounds(*[2 * cp * size for size in (5, 1, 3)])
-    within = positions(bounds)
+    lengths = [2 * cp * size for size in (5, 1, 3)]
+    bounds, within = _bounds(*lengths), np.concatenate([np.arange(length) for length in lengths])
     work = {int((within[local_tokens(bounds, cp, rank)] + 1).sum()) for rank in range(cp)}
     assert len(work) == 1
-
-
-def test_positions() -> None:
-    bounds = _bounds(3, 0, 5, 1)
-    expected = [i for length in (3, 0, 5, 1) for i in range(length)]
-    assert positions(bounds).tolist() == expected
 
 
 @pytest.mark.parametrize("cp", [2, 4])

@@ -67,13 +67,14 @@ class PackedCoreAttention(MegatronModule):
                 max_seqlen=rows.max_seqlen_q,
             )
         else:
+            assert rows.position_ids is not None
             out = packed_attention_with_mask_lengths(
                 query,
                 self._gather(key, context),
                 self._gather(value, context),
                 context.cu_seqlens,
                 rows.cu_seqlens_kv,
-                context.query_positions,
+                rows.position_ids,
                 context.key_positions,
                 scale=self.scale,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -70,17 +71,21 @@ class LanguageModel(GPTModel):
         )
         self.multi_token: MultiTokenPrediction | None = None
         if language.mtp_num_layers is not None:
-            self._add_prediction(language, config, predicts_ahead)
+            self._add_prediction(language, config, provider, predicts_ahead)
 
     def _add_prediction(
-        self, language: LanguageConfig, config: TransformerConfig, trained: bool
+        self,
+        language: LanguageConfig,
+        config: TransformerConfig,
+        provider: BackendSpecProvider,
+        trained: bool,
     ) -> None:
         alone = self.pre_process and self.post_process
         if self.post_process:
             self.multi_token = MultiTokenPrediction(
                 language,
                 config,
-                choose_provider(config.params_dtype),
+                provider,
                 self.pg_collection,
                 self.vp_stage,
             ).requires_grad_(trained)

@@ -10,12 +10,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 @dataclass(frozen=True)
 class ContextParallelRows:
-    """Where this rank's queries and all ranks' gathered keys stand in their segments."""
+    """Where all ranks' gathered keys stand in their segments."""
 
     cu_seqlens: torch.Tensor
     """`[segments + 1]` bounds of the segments among this rank's tokens."""
-    query_positions: torch.Tensor
-    """`[tokens / cp]` position of each token inside its segment."""
     key_order: torch.Tensor
     """`[tokens]` where each key, in segment order, lies among all ranks' gathered keys."""
     key_positions: torch.Tensor
