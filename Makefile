@@ -15,6 +15,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 PYTEST := $(BIN)/python -m pytest
+# Files side by side: their tests share fixtures, and ranks wait for each other half of the time.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: help setup demo test test-all lint format clean
 
@@ -46,10 +49,10 @@ demo: setup ## train and check a tiny model on this machine
 	$(BIN)/mvlm demo
 
 test: lint ## lint and the tests for every commit
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 test-all: lint ## lint and every test
-	$(PYTEST)
+	$(PYTEST) $(PARALLEL)
 
 lint: setup ## check style, types and who imports whom
 	$(BIN)/ruff check

@@ -46,6 +46,7 @@ EXTRAS = {
         *DEMO,
         *RELEASE,
         "pytest",
+        "pytest-xdist",
         "ruff",
         "mypy",
         "import-linter",

@@ -18,6 +18,9 @@ torch
 torch.distributed
     all_gather of tensors that differ in their first size, which gloo refuses and the expert
     tensor parallel dispatcher needs: padded to the longest, then cut.
+    ProcessGroupGloo works off its queue in one thread instead of two. After every collective each
+    thread writes the collective's name into one string of the group, unguarded (torch 2.13): two
+    coalesced gathers in flight, as with overlap_param_gather, and the heap is broken now and then.
 megatron.core
     the jit fuser is off (no C++ compiler at run time); token_dispatcher.maybe_move_tensor_to_cpu
     is the identity; names that exist only with Transformer Engine are defined as absent.
@@ -28,11 +31,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import os
 import sys
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -280,6 +285,23 @@ def _substitute_collectives() -> None:
         return work
 
     dist.all_gather = all_gather
+
+    group = dist.distributed_c10d.ProcessGroupGloo
+    start = group.__init__
+
+    @functools.wraps(start)
+    def start_with_one_thread(
+        self: Any, store: Any, rank: int, size: int, timeout: timedelta
+    ) -> None:
+        # As torch chooses them.
+        interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+        devices = [group.create_device(interface=name) for name in interfaces]
+        options = group._Options()
+        options._devices = devices or [group.create_default_device()]
+        options._threads, options._timeout = 1, timeout
+        start(self, store, rank, size, options)
+
+    group.__init__ = start_with_one_thread
 
 
 def _import_engine() -> None:

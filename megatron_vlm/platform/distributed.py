@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 import subprocess
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +20,7 @@ from megatron_vlm.platform.results_queue import stop_results_queue
 
 # The engine's own default is 30 minutes; collectives of a healthy step take seconds.
 _TIMEOUT = timedelta(minutes=30)
+_OWN_PORTS = (10000, 20000)
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,17 @@ def _from_mpi() -> World:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port on loopback that is free now.
+
+    None of those that the system hands out itself (on Linux from 32768 on): until somebody listens
+    on it, every connection that another run makes could take one of these.
+    """
+    for port in random.SystemRandom().sample(range(*_OWN_PORTS), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError(
+        "no free TCP port was found on 127.0.0.1 between {} and {}; free one of them".format(
+            *_OWN_PORTS
+        )
+    )
