@@ -66,8 +66,12 @@ def find_checkpoint(path: Path) -> Path:
             return root / checkpoint_name(_latest(root, iterations))
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path}: no such folder; expected a run or a checkpoint")
+    hidden = sorted(
+        found for root in (path, path / "checkpoints") for found in root.glob(".replaced-iter_*")
+    )
+    hint = f"; a replacement was cut short, see {hidden[-1]}" if hidden else ""
     raise CheckpointError(
-        f"checkpoint {path}: holds no whole checkpoint (a folder iter_... with {MANIFEST})"
+        f"checkpoint {path}: holds no whole checkpoint (a folder iter_... with {MANIFEST}){hint}"
     )
 
 
@@ -109,6 +113,8 @@ def commit(root: Path, iteration: int) -> Path:
     # What the new name leads to is on disk before the name is.
     sync(incomplete_path(root, iteration))
     if final.exists():
+        # Of a replacement before, whose old half could not be removed then.
+        shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(incomplete_path(root, iteration), final)
     sync(root)

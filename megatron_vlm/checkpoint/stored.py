@@ -178,11 +178,16 @@ def read_into(descriptor: int, offset: int, out: torch.Tensor, name: str) -> Non
     """Fill a contiguous tensor with the bytes at `offset` of an open file.
 
     Raises:
-        CheckpointError: the file ends before; `name` is what it is called.
+        CheckpointError: the file ends before, or cannot be read; `name` is what it is called.
     """
     view = out.view(-1).view(torch.uint8).numpy().data
     while view:
-        found = os.preadv(descriptor, [view], offset)
+        try:
+            found = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise CheckpointError(
+                f"{name}: cannot be read at byte {offset} ({error.strerror}); use another copy"
+            ) from None
         if not found:
             raise CheckpointError(f"{name}: ends at byte {offset}, where more was expected")
         view, offset = view[found:], offset + found

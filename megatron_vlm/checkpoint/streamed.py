@@ -45,7 +45,10 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class StreamedCheckpoint:
-    """A checkpoint being written; a context manager that leaves nothing unless it is committed."""
+    """A checkpoint being written; a context manager that leaves nothing unless it is committed.
+
+    Whoever makes one has seen to it that nobody else writes into that folder meanwhile.
+    """
 
     def __init__(self, root: Path, iteration: int, file_bytes: int = FILE_BYTES) -> None:
         """Make room for a checkpoint of `iteration` below `root`."""

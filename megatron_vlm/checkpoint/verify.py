@@ -48,19 +48,23 @@ def verify_files(path: Path, share: int = 0, shares: int = 1, contents: bool = T
     """
     for number, (name, entry) in enumerate(sorted(read_manifest(path).items())):
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; the checkpoint is damaged, use another")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(
-                f"{file}: {size} bytes, expected {entry['bytes']}; the checkpoint is damaged, "
-                "use another"
-            )
-        if contents and number % shares == share and digest(file) != entry["sha256"]:
-            raise CheckpointError(
-                f"{file}: its content does not match the manifest; the checkpoint is damaged, "
-                "use another"
-            )
+        try:
+            fault = _fault(file, entry, contents and number % shares == share)
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror})"
+        if fault is not None:
+            raise CheckpointError(f"{file}: {fault}; the checkpoint is damaged, use another")
+
+
+def _fault(file: Path, entry: dict[str, Any], contents: bool) -> str | None:
+    if not file.is_file():
+        return "missing"
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        return f"{size} bytes, expected {entry['bytes']}"
+    if contents and digest(file) != entry["sha256"]:
+        return "its content does not match the manifest"
+    return None
 
 
 def verify_index(path: Path) -> None:

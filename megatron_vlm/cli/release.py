@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="make releases anew that are damaged, or of another checkpoint or other options",
+        help="make releases anew that are damaged, or of another checkpoint or other options; "
+        "replace pushed ones that differ",
     )
     parser.add_argument(
         "--push",

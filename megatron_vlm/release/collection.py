@@ -7,9 +7,12 @@ earlier commands stand in them too, and an interruption leaves nothing to be men
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from megatron_vlm.checkpoint.folder import write_atomically
 from megatron_vlm.errors import ConversionError
@@ -23,14 +26,63 @@ FORMAT = "megatron-vlm release collection 1"
 STATE_FORMAT = "megatron-vlm release 1"
 
 
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Consumed(_Part):
+    tokens: int
+
+
+class _Rate(_Part):
+    value: FiniteFloat | None
+
+
+class _Losses(_Part):
+    training: dict[str, FiniteFloat | None]
+    validation: dict[str, _Rate]
+
+
+class _Source(_Part):
+    manifest_sha256: str
+
+
+class _Facts(_Part):
+    """What is used again of a `training_state.json`; it holds more."""
+
+    release: str
+    name: str
+    iteration: int
+    stage: str | None
+    consumed: _Consumed
+    learning_rate: _Rate
+    losses: _Losses
+    files: dict[str, int]
+    licence: str | None
+    verification: dict[str, Any] | None
+    options: dict[str, Any]
+    source: _Source
+
+
+def parse_facts(text: str) -> dict[str, Any] | None:
+    """A `training_state.json`; null if it is none of ours, or lacks what is used of it."""
+    try:
+        facts = json.loads(text)
+        if not isinstance(facts, dict) or facts.get("format") != STATE_FORMAT:
+            return None
+        _Facts.model_validate(facts)
+    except (ValueError, RecursionError):
+        return None
+    return facts
+
+
 def read_release(path: Path) -> dict[str, Any] | None:
     """The `training_state.json` of a release; null if `path` holds none of ours."""
     try:
-        facts = json.loads((path / STATE_FILE).read_text())
-    except (OSError, ValueError, RecursionError):
+        facts = parse_facts((path / STATE_FILE).read_text())
+    except (OSError, ValueError):
         return None
-    ours = isinstance(facts, dict) and facts.get("format") == STATE_FORMAT
-    return facts if ours and facts.get("release") == path.name else None
+    return facts if facts is not None and facts["release"] == path.name else None
 
 
 def releases(folder: Path) -> list[dict[str, Any]]:
@@ -49,20 +101,29 @@ def check_free(folder: Path) -> None:
     Raises:
         ConversionError: one of them was written by something else.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise ConversionError(f"{folder}: is a file; name a folder to write releases into")
+    there = [name for name in (FILE, CARD) if os.path.lexists(folder / name)]
+    foreign = foreign_index(there, lambda name: (folder / name).read_text())
+    if foreign is not None:
+        raise ConversionError(
+            f"{folder / foreign}: was not written by mvlm release; name another folder"
+        )
+
+
+def foreign_index(there: Collection[str], read: Callable[[str], str]) -> str | None:
+    """An index's file that `mvlm release` did not write, if there is one.
+
+    Args:
+        there: names of files.
+        read: gives the text of one of them.
+    """
     try:
-        record = json.loads((folder / FILE).read_text())
+        record = json.loads(read(FILE)) if FILE in there else None
         ours = isinstance(record, dict) and record.get("format") == FORMAT
     except (OSError, ValueError, RecursionError):
         ours = False
-    for name in (FILE, CARD):
-        if not ours and (folder / name).exists():
-            raise ConversionError(
-                f"{folder / name}: was not written by mvlm release; name another folder"
-            )
+    return None if ours else next((name for name in (FILE, CARD) if name in there), None)
 
 
 def write_collection(folder: Path) -> None:

@@ -26,8 +26,9 @@ from megatron_vlm.models.hf.families import Family, family_for
 from megatron_vlm.models.hf.names import Run, Translation, translate
 from megatron_vlm.models.hf.tensors import EXPERT_BIAS
 from megatron_vlm.release.files import small_files
+from megatron_vlm.release.placing import disk_errors
 from megatron_vlm.release.progress import Meter
-from megatron_vlm.release.safetensors_reader import DTYPES, INDEX
+from megatron_vlm.release.safetensors_reader import DTYPES, INDEX, read_errors
 from megatron_vlm.release.safetensors_writer import (
     SHARD_BYTES,
     Shard,
@@ -37,7 +38,7 @@ from megatron_vlm.release.safetensors_writer import (
     write_shard,
 )
 from megatron_vlm.release.source import DTYPE_CHOICES
-from megatron_vlm.release.targets import ReleaseFolder, disk_errors
+from megatron_vlm.release.targets import new_release
 from megatron_vlm.release.values import check_finite, one_thread
 
 _MOST_PART_BYTES = 1 << 23
@@ -90,12 +91,13 @@ def export_checkpoint(
             model, holds a number that is not finite, or the target is not to be written; nothing
             is left then.
     """
-    checkpoint = folder.find_checkpoint(source)
+    with read_errors(source):
+        checkpoint = folder.find_checkpoint(source)
     state = folder.read_state(checkpoint)
     model = _model(checkpoint, state)
     family = family_for(model)
     translation = translate(model, family.names)
-    with one_thread(), disk_errors(target), ReleaseFolder(target, overwrite) as release:
+    with one_thread(), disk_errors(target), new_release(target, overwrite) as release:
         _verify(checkpoint, show_progress)
         with StoredTensors(checkpoint) as stored:
             work = _Work(translation, stored, checkpoint, DTYPE_CHOICES[dtype])
@@ -107,7 +109,8 @@ def export_checkpoint(
         if len(shards) > 1:
             release.write(INDEX, index_json(shards))
         named = str(work.tensors[0].dtype).removeprefix("torch.")
-        small = small_files(checkpoint, model, family, named)
+        with read_errors(checkpoint):
+            small = small_files(checkpoint, model, family, named)
         for name, content in {**small, **(extra_files or {})}.items():
             release.write(name, content)
         iteration = state["progress"]["iteration"]

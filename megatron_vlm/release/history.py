@@ -60,6 +60,9 @@ def read_history(run_dir: Path) -> History:
     """Read `metrics.jsonl`; an empty history where there is none.
 
     Lines that cannot be read, as a full disk or a killed run leaves them, are counted.
+
+    Raises:
+        OSError: it is there, and cannot be read.
     """
     try:
         stream = open(run_dir / "metrics.jsonl", encoding="utf-8", errors="replace")
@@ -89,7 +92,7 @@ def _step(line: str) -> dict[str, float] | None:
         name: value
         for name, value in values.items()
         if (name in _KEPT or _is_training_loss(name) or name.startswith("validation"))
-        and isinstance(value, (int, float))
+        and type(value) in (int, float)
     }
 
 

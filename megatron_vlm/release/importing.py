@@ -25,10 +25,11 @@ from megatron_vlm.config import ModelConfig, RunConfig, TrainingConfig, dump_yam
 from megatron_vlm.models.hf.families import Family, read_model
 from megatron_vlm.models.hf.names import Run, Translation, translate
 from megatron_vlm.release.files import KEPT_FOLDER, MODEL_FILE, kept_files
+from megatron_vlm.release.placing import disk_errors
 from megatron_vlm.release.progress import Meter
-from megatron_vlm.release.safetensors_reader import SafetensorsFolder, read_json
+from megatron_vlm.release.safetensors_reader import SafetensorsFolder, read_errors, read_json
 from megatron_vlm.release.source import DTYPE_CHOICES, Source
-from megatron_vlm.release.targets import ITERATION, claim_checkpoint, disk_errors
+from megatron_vlm.release.targets import ITERATION, checkpoint_folder
 from megatron_vlm.release.values import check_finite, one_thread
 
 _MOST_PART_BYTES = 1 << 26
@@ -76,12 +77,17 @@ def import_folder(
     config_file = source / "config.json"
     config = read_json(config_file)
     preprocessor = source / "preprocessor_config.json"
-    family, model = read_model(
-        config, str(config_file), read_json(preprocessor) if preprocessor.is_file() else None
-    )
+    with read_errors(source):
+        kept = kept_files(source)
+        pictures = read_json(preprocessor) if preprocessor.is_file() else None
+    family, model = read_model(config, str(config_file), pictures)
     translation = translate(model, family.names)
-    claim_checkpoint(target, overwrite)
-    with one_thread(), disk_errors(target), SafetensorsFolder(source) as tensors:
+    with (
+        one_thread(),
+        disk_errors(target),
+        checkpoint_folder(target, overwrite),
+        SafetensorsFolder(source) as tensors,
+    ):
         weights = Source(tensors, translation, config, config_file.name)
         work = list(_work(translation, weights, DTYPE_CHOICES[dtype]))
         weights.check_copies()
@@ -94,7 +100,7 @@ def import_folder(
                         checkpoint.write(item.key, item.shape, box, values)
                         meter.advance(values.nbytes)
             written = checkpoint.commit(
-                _state(model, family, dtype, work), _files(source, model, work)
+                _state(model, family, dtype, work), _files(kept, model, work)
             )
     return ImportSummary(
         written,
@@ -178,7 +184,7 @@ def _precision(work: list[_Item]) -> str:
     return {torch.float64: "fp64", torch.float32: "fp32"}.get(work[0].dtype, "bf16")
 
 
-def _files(source: Path, model: ModelConfig, work: list[_Item]) -> dict[str, bytes]:
+def _files(kept: dict[str, bytes], model: ModelConfig, work: list[_Item]) -> dict[str, bytes]:
     # A run of one sample: what `mvlm generate` needs, and a place to read the model from.
     training = TrainingConfig(
         train_iters=1,
@@ -190,7 +196,7 @@ def _files(source: Path, model: ModelConfig, work: list[_Item]) -> dict[str, byt
         "config.yaml": dump_yaml(RunConfig(model=model, training=training)).encode(),
         MODEL_FILE: dump_yaml(model).encode(),
     }
-    for name, content in kept_files(source).items():
+    for name, content in kept.items():
         files[folder.TOKENIZER if name == folder.TOKENIZER else f"{KEPT_FOLDER}/{name}"] = content
     return files
 

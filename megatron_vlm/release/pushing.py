@@ -8,27 +8,45 @@ branch, lists them. What is there already is known by its SHA256SUMS and not sen
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote, urlparse
 
-from megatron_vlm.checkpoint.folder import digest, sync, write_atomically
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.checkpoint.folder import digest, write_atomically
+from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.release.card import SUMS_FILE
+from megatron_vlm.release.collection import check_free, foreign_index
+from megatron_vlm.release.placing import draft
+from megatron_vlm.release.release_folder import foreign_in_revision
+
+_MAIN = "main"
+_HUB_FILES = {".gitattributes"}
+"""What the hub puts into every branch itself."""
 
 
 class PushError(Exception):
     """A release could not be carried there."""
 
 
-class PushTarget(Protocol):
-    """Where releases go."""
+class PushTarget(ABC):
+    """Where releases go: each into a revision, the list of them beside all revisions."""
+
+    def __init__(self, said: str) -> None:
+        """Nothing is made or asked yet.
+
+        Args:
+            said: what errors call it.
+        """
+        self._said = said
 
     def pushed(self, wanted: list[str]) -> dict[str, str]:
         """SHA256SUMS of each wanted revision that is there and whole.
@@ -36,7 +54,49 @@ class PushTarget(Protocol):
         Raises:
             PushError: the target cannot be reached, or not be written.
         """
+        self._prepare()
+        whole = [name for name in wanted if SUMS_FILE in self._files(name)]
+        return {name: self._read(name, SUMS_FILE) for name in whole}
 
+    def refuse_foreign(self, revisions: list[str]) -> None:
+        """See to it that nothing is replaced but what was pushed; after `pushed` only.
+
+        Args:
+            revisions: those to be pushed.
+
+        Raises:
+            ConversionError: a revision, or the list, is somebody else's.
+            PushError: the target cannot be reached.
+        """
+        index = foreign_index(self._files(None), lambda name: self._read(None, name))
+        if index is not None:
+            raise self._not_ours(index)
+        for revision in revisions:
+            foreign = foreign_in_revision(
+                revision, self._files(revision), functools.partial(self._read, revision)
+            )
+            if foreign is not None:
+                raise self._not_ours(str(PurePosixPath(revision, foreign)))
+
+    def _not_ours(self, what: str) -> ConversionError:
+        return ConversionError(
+            f"--push {self._said}: {what} was not written by mvlm release; nothing was pushed; "
+            "remove that, or name another target"
+        )
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make sure that releases can be sent there."""
+
+    @abstractmethod
+    def _files(self, revision: str | None) -> set[str]:
+        """Names of a revision's files; null: those beside all revisions."""
+
+    @abstractmethod
+    def _read(self, revision: str | None, name: str) -> str:
+        """The text of one of them."""
+
+    @abstractmethod
     def push(self, revision: str, folder: Path) -> None:
         """Send a release under a revision's name, in the place of what has that name.
 
@@ -44,6 +104,7 @@ class PushTarget(Protocol):
             PushError: it did not arrive.
         """
 
+    @abstractmethod
     def push_index(self, files: Mapping[str, str]) -> None:
         """Send the list of all releases.
 
@@ -51,6 +112,7 @@ class PushTarget(Protocol):
             PushError: it did not arrive.
         """
 
+    @abstractmethod
     def link(self, revision: str) -> str:
         """Where the list finds a revision."""
 
@@ -60,12 +122,15 @@ def push_target(text: str) -> PushTarget:
 
     Raises:
         ConfigError: it is neither, or huggingface_hub is not installed.
+        ConversionError: the folder is a file, or holds a list of something else.
     """
     if text.startswith("file:"):
         address = urlparse(text)
         if address.netloc not in ("", "localhost") or not address.path.startswith("/"):
             raise ConfigError(f"--push {text}: expected a folder as file:///path")
-        return FolderTarget(Path(unquote(address.path)))
+        folder = Path(unquote(address.path))
+        check_free(folder)
+        return FolderTarget(folder)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", text, re.ASCII):
         raise ConfigError(f"--push {text}: expected OWNER/NAME, or a folder as file:///path")
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -76,66 +141,75 @@ def push_target(text: str) -> PushTarget:
     return HubTarget(text)
 
 
-class FolderTarget:
+class FolderTarget(PushTarget):
     """A folder with one folder a revision."""
 
     def __init__(self, path: Path) -> None:
         """Nothing is made yet."""
+        super().__init__(str(path))
         self._path = path
-
-    def pushed(self, wanted: list[str]) -> dict[str, str]:
-        """See `PushTarget`."""
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            sums = {revision: self._path / revision / SUMS_FILE for revision in wanted}
-            return {name: file.read_text() for name, file in sums.items() if file.is_file()}
-        except OSError as error:
-            raise self._failed("cannot be used", error) from None
 
     def push(self, revision: str, folder: Path) -> None:
         """See `PushTarget`. The folder appears under its name when all of it was copied."""
-        final, hidden = self._path / revision, self._path / f".{revision}.incomplete"
-        old = self._path / f".{revision}.replaced"
-        try:
-            for left in (hidden, old):
-                shutil.rmtree(left, ignore_errors=True)
-            shutil.copytree(folder, hidden, copy_function=_copy)
-            for line in (hidden / SUMS_FILE).read_text().splitlines():
+        final = self._path / revision
+        with draft(final) as begun, self._reported(f"{revision} could not be written"):
+            shutil.copytree(folder, begun.path, copy_function=_copy)
+            for line in (begun.path / SUMS_FILE).read_text().splitlines():
                 expected, name = line.split("  ", 1)
-                if digest(hidden / name) != expected:
+                if digest(begun.path / name) != expected:
                     raise PushError(
-                        f"{hidden / name}: was changed on its way; run the command again"
+                        f"{final / name}: was changed on its way; run the command again"
                     )
-            if final.exists():
-                os.rename(final, old)
-            os.rename(hidden, final)
-            sync(self._path)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise self._failed(f"{revision} could not be written", error) from None
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            replace = final.exists()
+            if replace:
+                # Copying has taken its time.
+                self.refuse_foreign([revision])
+            begun.commit(replace)
 
     def push_index(self, files: Mapping[str, str]) -> None:
         """See `PushTarget`."""
-        try:
+        with self._reported("the list could not be written"):
             for name, text in files.items():
                 write_atomically(self._path / name, text)
-        except OSError as error:
-            raise self._failed("the list could not be written", error) from None
 
     def link(self, revision: str) -> str:
         """See `PushTarget`."""
         return revision
 
-    def _failed(self, what: str, error: OSError) -> PushError:
-        return PushError(
-            f"--push {self._path}: {what} ({error.strerror or error}); all releases are whole "
-            "where they were made: run the command again to send what is missing"
-        )
+    def _prepare(self) -> None:
+        with self._reported("cannot be used"):
+            self._path.mkdir(parents=True, exist_ok=True)
+
+    def _files(self, revision: str | None) -> set[str]:
+        with self._reported("cannot be read"):
+            if revision is None:
+                return {path.name for path in self._path.iterdir()}
+            folder = self._path / revision
+            # A file, or a link to nowhere, is in the way of a folder as itself.
+            if os.path.lexists(folder) and not folder.is_dir():
+                return {"."}
+            return {
+                path.relative_to(folder).as_posix()
+                for path in folder.rglob("*")
+                if path.is_symlink() or not path.is_dir()
+            }
+
+    def _read(self, revision: str | None, name: str) -> str:
+        with self._reported(f"{name} of {revision or 'the list'} cannot be read"):
+            return (self._path / (revision or "") / name).read_text(errors="replace")
+
+    @contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PushError(
+                f"--push {self._path}: {what} ({error.strerror or error}); all releases are whole "
+                "where they were made: run the command again to send what is missing"
+            ) from None
 
 
-class HubTarget:
+class HubTarget(PushTarget):
     """A repository on the Hugging Face hub, with one branch a revision."""
 
     def __init__(self, repository: str, api: Any = None) -> None:
@@ -145,24 +219,10 @@ class HubTarget:
             repository: `OWNER/NAME`.
             api: an `HfApi`; null: one of the environment (HF_ENDPOINT, HF_TOKEN or a login).
         """
+        super().__init__(repository)
         self._repository, self._api = repository, api
-
-    def pushed(self, wanted: list[str]) -> dict[str, str]:
-        """See `PushTarget`. Makes the repository, private, if there is none."""
-        with _reported(self._repository, "cannot be reached"):
-            api = self._hub()
-            api.create_repo(self._repository, private=True, exist_ok=True)
-            there = {branch.name for branch in api.list_repo_refs(self._repository).branches}
-            found = {}
-            for revision in (name for name in wanted if name in there):
-                if not api.file_exists(self._repository, SUMS_FILE, revision=revision):
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    file = api.hf_hub_download(
-                        self._repository, SUMS_FILE, revision=revision, local_dir=folder
-                    )
-                    found[revision] = Path(file).read_text()
-            return found
+        self._branches: dict[str, str] = {}
+        """Their newest commits."""
 
     def push(self, revision: str, folder: Path) -> None:
         """See `PushTarget`. One commit, so a branch holds all of a release or none of it."""
@@ -193,6 +253,33 @@ class HubTarget:
     def link(self, revision: str) -> str:
         """See `PushTarget`."""
         return f"{self._hub().endpoint}/{self._repository}/tree/{revision}"
+
+    def _prepare(self) -> None:
+        """The repository is made, private, if there is none."""
+        with _reported(self._repository, "cannot be reached"):
+            api = self._hub()
+            api.create_repo(self._repository, private=True, exist_ok=True)
+            found = api.list_repo_refs(self._repository).branches
+            self._branches = {branch.name: branch.target_commit for branch in found}
+
+    def _files(self, revision: str | None) -> set[str]:
+        branch = revision or _MAIN
+        commit = self._branches.get(branch)
+        # A branch begins as a copy of main, and has nothing of its own then.
+        if commit is None or (revision and commit == self._branches.get(_MAIN)):
+            return set()
+        with _reported(self._repository, f"{branch} cannot be listed"):
+            return {*self._hub().list_repo_files(self._repository, revision=branch)} - _HUB_FILES
+
+    def _read(self, revision: str | None, name: str) -> str:
+        with (
+            _reported(self._repository, f"{name} of {revision or _MAIN} cannot be read"),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            file = self._hub().hf_hub_download(
+                self._repository, name, revision=revision or _MAIN, local_dir=folder
+            )
+            return Path(file).read_text(errors="replace")
 
     def _hub(self) -> Any:
         if self._api is None:

@@ -1,14 +1,12 @@
-"""A release as a folder: SHA256SUMS over all of it, the way it appears, and whether it is whole."""
+"""A release as a folder: SHA256SUMS over all of it, whose it is, and whether it is whole."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,12 @@ from megatron_vlm.checkpoint import folder as checkpoint_folder
 from megatron_vlm.checkpoint.folder import digest, sync
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.release.card import CHECKPOINT_FOLDER, STATE_FILE, SUMS_FILE
-from megatron_vlm.release.collection import read_release
+from megatron_vlm.release.collection import parse_facts, read_release
+from megatron_vlm.release.placing import tidy_drafts
 from megatron_vlm.release.progress import Meter
 
+_HIDDEN = re.compile(r"\.(.+-iter_\d{7,}-.+-tokens)\.(?:incomplete|replaced)")
+"""What a killed command leaves of a release."""
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -31,50 +32,11 @@ def files_of(folder: Path) -> dict[str, int]:
     }
 
 
-def hidden_path(target: Path) -> Path:
-    """Where a release lies until it is whole."""
-    return target.with_name(f".{target.name}.releasing")
-
-
-def _replaced_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.replaced")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other commands out of a folder while this one writes into it.
-
-    Raises:
-        ConversionError: another is there.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConversionError(
-                f"{folder}: another mvlm release is writing there; wait for it, or name another "
-                "folder"
-            ) from None
-        except OSError:
-            # Some network file systems know no locks.
-            pass
-        yield
-    finally:
-        os.close(handle)
-
-
 def tidy(folder: Path) -> None:
-    """Clear away what a killed command left; only while `locked`."""
-    for path in list(folder.iterdir()):
-        if re.fullmatch(r"\.{1,2}[^.].*\.releasing(\.incomplete)?", path.name) and path.is_dir():
-            shutil.rmtree(path)
-        elif re.fullmatch(r"\.[^.].*\.replaced", path.name) and path.is_dir():
-            target = path.with_name(path.name[1:].removesuffix(".replaced"))
-            if target.exists():
-                shutil.rmtree(path)
-            else:
-                os.rename(path, target)
+    """Clear away what a killed command left; only by the one command that writes there."""
+    found = [_HIDDEN.fullmatch(path.name) for path in folder.iterdir()]
+    for name in sorted({match[1] for match in found if match}):
+        tidy_drafts(folder, name)
 
 
 def include_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -127,18 +89,6 @@ def write(folder: Path, name: str, content: str | bytes) -> None:
     sync(folder / name)
 
 
-def put_in_place(hidden: Path, target: Path) -> None:
-    """Give a finished folder its name, in the place of an older one."""
-    for path in (hidden, *(path for path in hidden.rglob("*") if path.is_dir())):
-        sync(path)
-    old = _replaced_path(target)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(hidden, target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def fault(folder: Path, contents: bool, show_progress: bool = False) -> str | None:
     """What is wrong with a release of ours, or nothing.
 
@@ -148,11 +98,15 @@ def fault(folder: Path, contents: bool, show_progress: bool = False) -> str | No
             tells them.
         show_progress: draw a bar.
     """
-    facts = read_release(folder)
     try:
-        sums = _sums(folder)
-    except (OSError, ValueError):
-        sums = {}
+        return _fault(folder, contents, show_progress)
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+
+
+def _fault(folder: Path, contents: bool, show_progress: bool) -> str | None:
+    facts = read_release(folder)
+    sums = _sums(folder)
     if facts is None or not sums or sums.get(STATE_FILE) != digest(folder / STATE_FILE):
         return f"{STATE_FILE} and {SUMS_FILE} do not belong together"
     expected: dict[str, Any] = facts["files"]
@@ -173,14 +127,29 @@ def fault(folder: Path, contents: bool, show_progress: bool = False) -> str | No
 
 def foreign_file(folder: Path) -> str | None:
     """A file that `mvlm release` did not write there, if there is one."""
-    try:
-        known = {*_sums(folder), SUMS_FILE}
-    except (OSError, ValueError):
-        known = set()
+    known = {*_sums(folder), SUMS_FILE}
     facts = read_release(folder)
     if facts is not None:
-        known |= {*facts["files"], STATE_FILE, SUMS_FILE}
+        known |= {*facts["files"], STATE_FILE}
     unknown = sorted(files_of(folder).keys() - known)
+    return unknown[0] if unknown else None
+
+
+def foreign_in_revision(
+    revision: str, there: Collection[str], read: Callable[[str], str]
+) -> str | None:
+    """A file that no `mvlm release` has pushed under a revision's name, if there is one.
+
+    Args:
+        revision: name of a release without the model's.
+        there: names of all files of that revision.
+        read: gives the text of one of them.
+    """
+    facts = parse_facts(read(STATE_FILE)) if STATE_FILE in there else None
+    known = set()
+    if facts is not None and facts["release"] == f"{facts['name']}-{revision}":
+        known = {*facts["files"], STATE_FILE, SUMS_FILE}
+    unknown = sorted(set(there) - known)
     return unknown[0] if unknown else None
 
 
@@ -190,13 +159,13 @@ def manifest_digest(checkpoint: Path) -> str:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for line in (folder / SUMS_FILE).read_text().splitlines():
-        found = _SUM.fullmatch(line)
-        if found is None:
-            raise ValueError(line)
-        sums[found[2]] = found[1]
-    return sums
+    """Digests by file; none where SHA256SUMS is missing or something else."""
+    try:
+        lines = (folder / SUMS_FILE).read_text().splitlines()
+    except (OSError, ValueError):
+        return {}
+    found = [_SUM.fullmatch(line) for line in lines]
+    return {match[2]: match[1] for match in found if match} if all(found) else {}
 
 
 def as_json(facts: dict[str, Any]) -> str:

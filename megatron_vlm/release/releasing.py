@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,9 +34,11 @@ from megatron_vlm.release.collection import (
 from megatron_vlm.release.exporting import ExportSummary, export_checkpoint
 from megatron_vlm.release.facts import training_facts, with_short_paths
 from megatron_vlm.release.history import History, read_history
+from megatron_vlm.release.placing import disk_errors, draft, held
 from megatron_vlm.release.pushing import PushTarget, push_target
+from megatron_vlm.release.safetensors_reader import read_errors
 from megatron_vlm.release.safetensors_writer import SHARD_BYTES
-from megatron_vlm.release.targets import MARKER, disk_errors
+from megatron_vlm.release.targets import MARKER
 from megatron_vlm.release.verification import check_installed, verify
 from megatron_vlm.release.words import bytes_in_words, count_in_words
 
@@ -117,7 +118,8 @@ def release_run(request: Request, say: Callable[[str], None]) -> Report:
     target = push_target(request.push) if request.push is not None else None
     if request.options.verify:
         check_installed()
-    choice = choose(request.run_dir, request.every_tokens, request.iterations)
+    with read_errors(request.run_dir):
+        choice = choose(request.run_dir, request.every_tokens, request.iterations)
     for line in describe_missing(choice, request.every_tokens or 1):
         say(line)
     if choice.next_multiple is not None:
@@ -125,8 +127,9 @@ def release_run(request: Request, say: Callable[[str], None]) -> Report:
     check_free(request.out_dir)
     report = Report(missing=choice.missing)
     with _output(request.out_dir):
-        planned = _plan(request, choice)
-        history = read_history(request.run_dir)
+        with read_errors(request.out_dir):
+            planned = _plan(request, choice)
+            history = read_history(request.run_dir)
         if history.unreadable:
             say(f"{request.run_dir / 'metrics.jsonl'}: {history.unreadable} lines are no metrics")
         for each in planned:
@@ -136,30 +139,26 @@ def release_run(request: Request, say: Callable[[str], None]) -> Report:
                 continue
             facts = _make(request, each, history, say)
             report.made.append(each.target.name)
-            write_collection(request.out_dir)
+            _write_index(request.out_dir)
             say(_made(each.target, facts))
-        write_collection(request.out_dir)
+        _write_index(request.out_dir)
         if target is not None:
-            report.pushed = _push(request.out_dir, planned, target, say)
+            report.pushed = _push(request, planned, target, say)
     return report
 
 
 @contextmanager
 def _output(folder: Path) -> Iterator[None]:
     """The folder of releases, this command's alone; not there afterwards if it stayed empty."""
-    with disk_errors(folder):
-        made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with release_folder.locked(folder):
+    with held(folder):
+        with disk_errors(folder):
             release_folder.tidy(folder)
-            yield
-    finally:
-        for path in made:
-            try:
-                path.rmdir()
-            except OSError:
-                break
+        yield
+
+
+def _write_index(folder: Path) -> None:
+    with disk_errors(folder, "mend that and run the command again: the releases are whole"):
+        write_collection(folder)
 
 
 def _plan(request: Request, choice: Choice) -> list[_Planned]:
@@ -193,14 +192,8 @@ def _is_there(request: Request, target: Path, manifest: str) -> bool:
     """
     if not os.path.lexists(target):
         return False
-    facts = read_release(target) if target.is_dir() else None
-    foreign = release_folder.foreign_file(target) if target.is_dir() else "is no folder"
-    if foreign is not None:
-        raise ConversionError(
-            f"{target}: holds what mvlm release did not write ({foreign}); remove it, or name "
-            "another folder"
-        )
-    why = _difference(facts, request.options, manifest)
+    _refuse_foreign(target)
+    why = _difference(read_release(target), request.options, manifest)
     if why is None:
         why = release_folder.fault(target, request.verify_existing, request.show_progress)
         why = why and f"is damaged: {why}"
@@ -209,6 +202,15 @@ def _is_there(request: Request, target: Path, manifest: str) -> bool:
     if not request.overwrite:
         raise ConversionError(f"{target}: {why}; make it anew with --overwrite")
     return False
+
+
+def _refuse_foreign(target: Path) -> None:
+    foreign = release_folder.foreign_file(target) if target.is_dir() else "is no folder"
+    if foreign is not None:
+        raise ConversionError(
+            f"{target}: holds what mvlm release did not write ({foreign}); remove it, or name "
+            "another folder"
+        )
 
 
 def _difference(facts: dict[str, Any] | None, options: Options, manifest: str) -> str | None:
@@ -231,10 +233,11 @@ def _make(
 ) -> dict[str, Any]:
     """Write one release, verify it, and give it its name."""
     candidate, options = planned.candidate, request.options
-    hidden, name = release_folder.hidden_path(planned.target), planned.target.name
+    name = planned.target.name
     facts = training_facts(candidate, history)
     say(f"{planned.target}: being made from {candidate.path}")
-    try:
+    with draft(planned.target) as begun:
+        hidden = begun.path
         with disk_errors(planned.target):
             summary = export_checkpoint(
                 candidate.path,
@@ -267,9 +270,11 @@ def _make(
         with disk_errors(planned.target):
             _describe(hidden, candidate, history, facts)
             release_folder.write_sums(hidden, request.show_progress)
-            release_folder.put_in_place(hidden, planned.target)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+            replace = os.path.lexists(planned.target)
+            if replace:
+                # Making it has taken its time.
+                _refuse_foreign(planned.target)
+            begun.commit(replace)
     return facts
 
 
@@ -310,14 +315,20 @@ def _made(target: Path, facts: dict[str, Any]) -> str:
 
 
 def _push(
-    out_dir: Path, planned: list[_Planned], target: PushTarget, say: Callable[[str], None]
+    request: Request, planned: list[_Planned], target: PushTarget, say: Callable[[str], None]
 ) -> list[str]:
-    """Send what is not there yet, then the list of all that is there."""
+    """Send what is not there yet, then the list of all that is there.
+
+    Raises:
+        ConversionError: a release is damaged, or what is there is not to be replaced; nothing was
+            sent.
+        PushError: something did not arrive.
+    """
     mine = {each.revision: each for each in planned}
     names = {each.name for each in planned}
     local = {
         facts["release"].removeprefix(f"{facts['name']}-"): facts
-        for facts in releases(out_dir)
+        for facts in releases(request.out_dir)
         if facts["name"] in names
     }
     there = target.pushed(list(local))
@@ -325,11 +336,25 @@ def _push(
     for revision, each in mine.items():
         if there.get(revision) == (each.target / SUMS_FILE).read_text():
             say(f"{revision}: was pushed before")
-            continue
+        else:
+            sent.append(revision)
+    for revision in sent:
+        why = release_folder.fault(mine[revision].target, True, request.show_progress)
+        if why is not None:
+            raise ConversionError(
+                f"{mine[revision].target}: is damaged: {why}; nothing was pushed; make it anew "
+                "with --verify-existing --overwrite"
+            )
+        if revision in there and not request.overwrite:
+            raise ConversionError(
+                f"--push {request.push}: {revision} is there already and differs from "
+                f"{mine[revision].target}; nothing was pushed; replace it with --overwrite"
+            )
+    target.refuse_foreign(sent)
+    for revision in sent:
         say(f"{revision}: being pushed")
-        target.push(revision, each.target)
+        target.push(revision, mine[revision].target)
         there[revision] = ""
-        sent.append(revision)
     listed = [facts for revision, facts in local.items() if revision in there]
     links = {facts["release"]: revision for revision, facts in local.items()}
     target.push_index(collection_files(listed, lambda name: target.link(links[name])))

@@ -12,6 +12,8 @@ import math
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,9 +66,12 @@ class SafetensorsFolder:
         self.path = path
         self._files: OrderedDict[str, int] = OrderedDict()
         self.entries: dict[str, Entry] = {}
-        listed = _listed_files(path)
+        with read_errors(path):
+            listed = _listed_files(path)
         for file in sorted(set(listed.values())):
-            for name, entry in _read_header(path / file).items():
+            with read_errors(path / file):
+                header = _read_header(path / file)
+            for name, entry in header.items():
                 if name in self.entries:
                     raise ConversionError(
                         f"{path}: {name} is both in {self.entries[name].file} and in {file}; "
@@ -107,7 +112,8 @@ class SafetensorsFolder:
         entry = self.entries[name]
         place = entry.offset + start * out.itemsize
         try:
-            read_into(self._open(entry.file), place, out, f"{self.path / entry.file} ({name})")
+            with read_errors(self.path / entry.file):
+                read_into(self._open(entry.file), place, out, f"{self.path / entry.file} ({name})")
         except CheckpointError as error:
             raise ConversionError(str(error)) from None
 
@@ -119,6 +125,18 @@ class SafetensorsFolder:
             os.close(self._files.popitem(last=False)[1])
         self._files[file] = os.open(self.path / file, os.O_RDONLY)
         return self._files[file]
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses to give into one line about the file, or about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConversionError(
+            f"{error.filename or path}: cannot be read ({error.strerror or error}); expected a "
+            "file that this user may read: correct that, or take another copy"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

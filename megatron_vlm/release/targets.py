@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from megatron_vlm import __version__
 from megatron_vlm.checkpoint import folder
 from megatron_vlm.errors import ConversionError, UserError
+from megatron_vlm.release.placing import Draft, draft, held
 
 ITERATION = 0
 """What an imported checkpoint is called: nothing was trained."""
@@ -22,34 +22,48 @@ MARKER = "mvlm_export.json"
 _FORMAT = "megatron-vlm export 1"
 
 
-def claim_checkpoint(target: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds anything but, with `overwrite`, an earlier import.
+@contextmanager
+def checkpoint_folder(target: Path, overwrite: bool) -> Iterator[None]:
+    """Keep a folder for this import alone, free of what an earlier one that was killed has left.
 
     Raises:
-        ConversionError: it does; tells what.
+        ConversionError: it holds anything but, with `overwrite`, an earlier import; tells what. Or
+            another command is writing there, or it cannot be made.
     """
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target}: is a file; name a folder to write the checkpoint into")
-    if not target.is_dir():
-        return
-    name = folder.checkpoint_name(ITERATION)
-    own = {name, folder.LATEST}
-    # What an import that was killed has left is nobody's.
-    left = {f".incomplete-{name}", f".replaced-{name}"}
-    there = {path.name for path in target.iterdir()} - left
-    if not there:
-        return
-    foreign = sorted(there - own)
-    if foreign or not _is_import(target / name):
-        raise ConversionError(
-            f"{target}: holds {(foreign or [name])[0]}, which mvlm import did not write; name a "
-            "new folder"
-        )
-    if not overwrite:
-        raise ConversionError(
-            f"{target}: holds an imported checkpoint already; name a new folder, or replace it "
-            "with --overwrite"
-        )
+    with held(target):
+        name = folder.checkpoint_name(ITERATION)
+        # Before anything is tidied: a run that is training has hidden folders of its own.
+        _refuse_others(target, {name, f".incomplete-{name}", f".replaced-{name}"})
+        folder.tidy(target)
+        if (target / name).exists():
+            if not _is_import(target / name):
+                raise _not_ours(target, name)
+            if not overwrite:
+                raise ConversionError(
+                    f"{target}: holds an imported checkpoint already; name a new folder, or "
+                    "replace it with --overwrite"
+                )
+        try:
+            yield
+        finally:
+            # The one before comes back if this one did not get its name.
+            folder.tidy(target)
+
+
+def _refuse_others(target: Path, own: set[str]) -> None:
+    for name in sorted(path.name for path in target.iterdir()):
+        # A kill may leave the second, with a number behind it.
+        latest = name == folder.LATEST or name.startswith(f".{folder.LATEST}.")
+        if name not in own and not latest:
+            raise _not_ours(target, name)
+
+
+def _not_ours(target: Path, name: str) -> ConversionError:
+    return ConversionError(
+        f"{target}: holds {name}, which mvlm import did not write; name a new folder"
+    )
 
 
 def _is_import(path: Path) -> bool:
@@ -60,39 +74,13 @@ def _is_import(path: Path) -> bool:
 
 
 class ReleaseFolder:
-    """A folder being written beside its final place; a context manager.
+    """A folder being written beside its final place; see `new_release`."""
 
-    It gets its name when it is committed, and leaves nothing when it is not.
-    """
-
-    def __init__(self, target: Path, overwrite: bool) -> None:
-        """Make the hidden folder.
-
-        Raises:
-            ConversionError: `target` holds what `mvlm export` did not write, or holds a release
-                and `overwrite` is false.
-        """
-        self.target = Path(os.path.abspath(target))
-        self._replaces = _check_release(target, self.target, overwrite)
-        self.path = self.target.with_name(f".{self.target.name}.incomplete")
-        self._old = self.target.with_name(f".{self.target.name}.replaced")
-        self._made = [path for path in self.target.parents if not path.exists()]
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
-        self._committed = False
-
-    def __enter__(self) -> ReleaseFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._committed:
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        for path in self._made:
-            try:
-                path.rmdir()
-            except OSError:
-                return
+    def __init__(self, target: Path, draft: Draft, overwrite: bool) -> None:
+        """Make the hidden folder."""
+        self._target, self._draft, self._overwrite = target, draft, overwrite
+        self.path = draft.path
+        self.path.mkdir()
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
@@ -102,23 +90,36 @@ class ReleaseFolder:
             os.fsync(stream.fileno())
 
     def commit(self, about: dict[str, Any]) -> None:
-        """Add the marker, which carries `about`, and give the folder its name."""
+        """Add the marker, which carries `about`, and give the folder its name.
+
+        Raises:
+            ConversionError: somebody has put something there meanwhile.
+            OSError: the disk refuses.
+        """
         names = sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*"))
         marker = {"format": _FORMAT, "version": __version__, **about, "files": names}
         self.write(MARKER, (json.dumps(marker, indent=2) + "\n").encode())
-        if self._replaces:
-            shutil.rmtree(self._old, ignore_errors=True)
-            os.rename(self.target, self._old)
-        os.rename(self.path, self.target)
-        self._committed = True
-        folder.sync(self.target.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
+        self._draft.commit(_check_release(self._target, self._overwrite))
 
 
-def _check_release(said: Path, target: Path, overwrite: bool) -> bool:
+@contextmanager
+def new_release(target: Path, overwrite: bool) -> Iterator[ReleaseFolder]:
+    """A folder that leaves nothing unless it is committed.
+
+    Raises:
+        ConversionError: `target` holds what `mvlm export` did not write, or holds a release and
+            `overwrite` is false, or cannot be replaced, or another command is writing there.
+        OSError: the disk refuses.
+    """
+    with draft(target) as begun:
+        _check_release(target, overwrite)
+        yield ReleaseFolder(target, begun, overwrite)
+
+
+def _check_release(target: Path, overwrite: bool) -> bool:
     """Whether there is a release to be replaced."""
     if target.exists() and not target.is_dir():
-        raise ConversionError(f"{said}: is a file; name a folder to write the release into")
+        raise ConversionError(f"{target}: is a file; name a folder to write the release into")
     if not target.is_dir() or not any(target.iterdir()):
         return False
     try:
@@ -132,24 +133,10 @@ def _check_release(said: Path, target: Path, overwrite: bool) -> bool:
     if not ours or foreign:
         what = foreign[0] if ours else "files"
         raise ConversionError(
-            f"{said}: holds {what} that mvlm export did not write; name a new folder"
+            f"{target}: holds {what} that mvlm export did not write; name a new folder"
         )
     if not overwrite:
         raise ConversionError(
-            f"{said}: holds a release already; name a new folder, or replace it with --overwrite"
+            f"{target}: holds a release already; name a new folder, or replace it with --overwrite"
         )
     return True
-
-
-@contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turn what a disk refuses into one line about the target."""
-    try:
-        yield
-    except OSError as error:
-        place = next(path for path in (target, *target.absolute().parents) if path.exists())
-        free = shutil.disk_usage(place).free // 2**20
-        raise ConversionError(
-            f"{target}: could not be written ({error.strerror or error}; {free} MiB are free "
-            "there); make room or name another folder; nothing was left behind"
-        ) from error

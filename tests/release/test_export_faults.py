@@ -142,6 +142,26 @@ def test_a_full_disk(which: str, place: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("which", ["import", "export"])
+def test_a_disk_that_does_not_give_back(
+    which: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names what could not be read, not what was to be written."""
+    from megatron_vlm.release.importing import import_folder
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    source = "theirs/model" if which == "import" else "ours/iter_0000000/__0_0"
+    with pytest.raises(UserError, match=f"{source}.*cannot be read at byte .*Input/output error"):
+        if which == "import":
+            import_folder(place / "theirs", place / "deep" / "ours")
+        else:
+            _export(place)
+    assert not _left(place)
+
+
+@pytest.mark.parametrize("which", ["import", "export"])
 def test_an_interruption(which: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_vlm.release import exporting, importing
 

@@ -217,6 +217,14 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
         ],
         "pytorch_model.bin is a pickle, which is never opened",
     ),
+    "a folder for the weights": (
+        lambda f: [*[file.unlink() for file in f.glob("model*")], (f / SINGLE).mkdir()],
+        rf"theirs/{SINGLE}: cannot be read \(Is a directory\)",
+    ),
+    "a shard of a long name": (
+        _index(lambda m: m.update({"lm_head.weight": f"{'m' * 300}.safetensors"})),
+        r"theirs/m+\.safetensors: cannot be read \(File name too long\)",
+    ),
     "no configuration": (lambda f: (f / "config.json").unlink(), "config.json: missing"),
     "a configuration of no JSON": (
         lambda f: (f / "config.json").write_text("[1"),

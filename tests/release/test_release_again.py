@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -53,8 +54,7 @@ def test_killed_between_two_the_rest_is_made(vlm_run: Path, tmp_path: Path) -> N
     words = ["release", str(vlm_run), str(out), *ALL, "--no-verify"]
 
     def second_has_begun() -> bool:
-        hidden = list(out.glob(".*iter_0000004*.releasing*"))
-        return any((path / "model.safetensors").exists() for path in hidden)
+        return bool(list(out.glob(".*iter_0000004*.incomplete/**/model.safetensors")))
 
     assert run_ranks(1, lambda _: main(words), kill_after=second_has_begun) == []
     (first,) = _folders(out)
@@ -196,7 +196,66 @@ def test_two_commands_do_not_write_into_one_folder(vlm_run: Path, three: Path) -
         code, _, err = plainly(vlm_run, three, *ALL)
     finally:
         os.close(handle)
-    assert code == 2 and "another mvlm release is writing there" in err
+    assert code == 2 and "another mvlm command is writing there" in err
+
+
+def test_what_another_command_is_writing_is_not_tidied(vlm_run: Path, three: Path) -> None:
+    first = _folders(three)[0]
+    os.rename(first, first.with_name(f".{first.name}.replaced"))
+    hidden = first.with_name(f".{first.name}.incomplete")
+    (hidden / first.name).mkdir(parents=True)
+    other = first.with_name(".somebody.replaced")
+    other.mkdir()
+    handle = os.open(hidden, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert plainly(vlm_run, three, "--iterations", "4")[0] == 0
+        assert not first.exists() and (hidden / first.name).is_dir()
+    finally:
+        os.close(handle)
+    assert plainly(vlm_run, three, "--iterations", "4")[0] == 0
+    checked_by_coreutils(first)
+    assert [path.name for path in three.glob(".*")] == [other.name]
+
+
+@pytest.mark.parametrize("lost", ["files", "source", "options", "losses", "consumed", "all"])
+def test_a_state_that_lacks_something_is_damaged(vlm_run: Path, three: Path, lost: str) -> None:
+    first, second, third = _folders(three)
+    for folder in (first, second):
+        facts = state(folder)
+        kept = ("format", "release") if lost == "all" else facts.keys() - {lost}
+        (folder / "training_state.json").write_text(json.dumps({k: facts[k] for k in kept}))
+    code, _, err = plainly(vlm_run, three, "--iterations", "2")
+    assert code == 2 and f"{first}: is damaged: training_state.json" in err
+    words = ("--iterations", "2", "--overwrite", "--json")
+    assert _report(plainly(vlm_run, three, *words))["made"] == [first.name]
+    listed = json.loads((three / "collection.json").read_text())["releases"]
+    assert [entry["release"] for entry in listed] == [first.name, third.name]
+
+
+def test_a_list_that_cannot_be_written(
+    vlm_run: Path, three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_vlm.release import collection
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(collection, "write_atomically", full)
+    code, _, err = plainly(vlm_run, three, *ALL)
+    assert code == 2 and err.count("mvlm: error") == 1
+    assert f"{three}: could not be written (No space left" in err and "releases are whole" in err
+
+
+def test_metrics_that_cannot_be_read(vlm_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(vlm_run, run)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    code, _, err = plainly(run, tmp_path / "out")
+    assert code == 2 and err.count("mvlm: error") == 1
+    assert f"{run / 'metrics.jsonl'}: cannot be read (Is a directory)" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_checkpoint_leaves_the_releases_before_it(vlm_run: Path, tmp_path: Path) -> None:
