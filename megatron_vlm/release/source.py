@@ -20,6 +20,7 @@ DTYPE_CHOICES: dict[str, torch.dtype | None] = {
 """What weights become, by the name of the choice."""
 
 _COMPARED_BYTES = 1 << 22
+_CONVERTED_BYTES = 1 << 22
 
 
 class Source:
@@ -91,9 +92,9 @@ class Source:
         Raises:
             ConversionError: its parts differ in dtype and are to be kept as they are.
         """
-        # Training keeps this in float32 and rounds it nowhere.
-        if dtype is not None and not key.endswith(EXPERT_BIAS):
-            return dtype
+        if dtype is not None:
+            # Training keeps it in float32 and rounds it nowhere.
+            return torch.float32 if key.endswith(EXPERT_BIAS) else dtype
         first = self.dtype(sources[0])
         for name in sources:
             if self.dtype(name) != first:
@@ -112,9 +113,12 @@ class Source:
         if stored == out.dtype:
             self._folder.read(name, start, out)
             return
-        part = torch.empty(out.shape, dtype=stored)
-        self._folder.read(name, start, part)
-        out.copy_(part)
+        # A little at a time: what is read lies beside what it becomes, and may be wider.
+        step = _CONVERTED_BYTES // stored.itemsize
+        for done in range(0, out.numel(), step):
+            part = torch.empty(min(step, out.numel() - done), dtype=stored)
+            self._folder.read(name, start + done, part)
+            out[done : done + part.numel()] = part
 
     def check_copies(self) -> None:
         """Refuse a tensor that should repeat another and does not.

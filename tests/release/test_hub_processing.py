@@ -143,10 +143,23 @@ def test_ways_to_give_a_picture(both: tuple[Tokenizer, Any], tmp_path: Path) -> 
     for way in ways:
         given = both[1].image_processor([[way]], return_tensors="np")
         np.testing.assert_array_equal(given["pixel_values"], pixels)
-    with pytest.raises(ValueError, match="no such file, no address and no base64"):
-        both[1].image_processor("nowhere.png")
+    for name in ("nowhere.png", "no/" * 2000 + "where.png"):
+        with pytest.raises(ValueError, match="no such file, no address and no base64"):
+            both[1].image_processor(name)
     with pytest.raises(TypeError, match="a picture as int"):
         both[1].image_processor(5)
+
+
+def test_a_long_picture_in_base64(both: tuple[Tokenizer, Any]) -> None:
+    """Whatever its text looks like as a path: it begins with a slash, as a JPEG's does."""
+    for seed in range(4):
+        noise = np.random.default_rng(seed).integers(0, 256, (256, 320, 3), dtype=np.uint8)
+        file = encoded(Image.fromarray(noise), "JPEG")
+        text = base64.b64encode(file).decode()
+        assert len(text) > 50_000 and text.startswith("/9j/")
+        pixels, _ = _ours([file])
+        given = both[1].image_processor(text, return_tensors="np")
+        np.testing.assert_array_equal(given["pixel_values"], pixels)
 
 
 def _content(text: str, pictures: list[bytes]) -> list[dict[str, Any]]:
