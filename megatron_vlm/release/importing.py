@@ -24,10 +24,10 @@ from megatron_vlm.checkpoint.streamed import FILE_BYTES, Box, StreamedCheckpoint
 from megatron_vlm.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml
 from megatron_vlm.models.hf.families import Family, read_model
 from megatron_vlm.models.hf.names import Run, Translation, translate
-from megatron_vlm.release.files import KEPT_FOLDER, MODEL_FILE, kept_files
+from megatron_vlm.release.files import KEPT_FOLDER, MODEL_FILE, kept_files, picture_settings
 from megatron_vlm.release.progress import Meter
 from megatron_vlm.release.safetensors_reader import SafetensorsFolder, read_json
-from megatron_vlm.release.source import DTYPE_CHOICES, Source
+from megatron_vlm.release.source import DTYPE_CHOICES, Source, check_counts
 from megatron_vlm.release.targets import ITERATION, claim_checkpoint, disk_errors
 from megatron_vlm.release.values import check_finite, one_thread
 
@@ -75,13 +75,12 @@ def import_folder(
     """
     config_file = source / "config.json"
     config = read_json(config_file)
-    preprocessor = source / "preprocessor_config.json"
-    family, model = read_model(
-        config, str(config_file), read_json(preprocessor) if preprocessor.is_file() else None
-    )
-    translation = translate(model, family.names)
+    kept = kept_files(source)
+    family, model = read_model(config, str(config_file), picture_settings(source, kept))
     claim_checkpoint(target, overwrite)
     with one_thread(), disk_errors(target), SafetensorsFolder(source) as tensors:
+        check_counts(model, tensors, str(config_file))
+        translation = translate(model, family.names)
         weights = Source(tensors, translation, config, config_file.name)
         work = list(_work(translation, weights, DTYPE_CHOICES[dtype]))
         weights.check_copies()
@@ -94,7 +93,7 @@ def import_folder(
                         checkpoint.write(item.key, item.shape, box, values)
                         meter.advance(values.nbytes)
             written = checkpoint.commit(
-                _state(model, family, dtype, work), _files(source, model, work)
+                _state(model, family, dtype, work), _files(kept, model, work)
             )
     return ImportSummary(
         written,
@@ -178,7 +177,7 @@ def _precision(work: list[_Item]) -> str:
     return {torch.float64: "fp64", torch.float32: "fp32"}.get(work[0].dtype, "bf16")
 
 
-def _files(source: Path, model: ModelConfig, work: list[_Item]) -> dict[str, bytes]:
+def _files(kept: dict[str, bytes], model: ModelConfig, work: list[_Item]) -> dict[str, bytes]:
     # A run of one sample: what `mvlm generate` needs, and a place to read the model from.
     training = TrainingConfig(
         train_iters=1,
@@ -190,7 +189,7 @@ def _files(source: Path, model: ModelConfig, work: list[_Item]) -> dict[str, byt
         "config.yaml": dump_yaml(RunConfig(model=model, training=training)).encode(),
         MODEL_FILE: dump_yaml(model).encode(),
     }
-    for name, content in kept_files(source).items():
+    for name, content in kept.items():
         files[folder.TOKENIZER if name == folder.TOKENIZER else f"{KEPT_FOLDER}/{name}"] = content
     return files
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_vlm.config import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.names import Translation
 from megatron_vlm.models.hf.tensors import EXPERT_BIAS
@@ -151,6 +152,45 @@ class Source:
             raise ConversionError(
                 f"{self._folder.path / one.file}: {name} differs from {of}, which it must repeat: "
                 "the model has one for both; nothing was written"
+            )
+
+
+def check_counts(model: ModelConfig, folder: SafetensorsFolder, name: str) -> None:
+    """Refuse more layers, experts or heads than a folder's headers have room for.
+
+    A plan takes time and memory for each of them, so what config.json claims is held against the
+    files first: each layer and each expert has a tensor of its own, each head a row of one.
+
+    Args:
+        model: what is to be planned.
+        folder: the tensors.
+        name: what errors call config.json.
+
+    Raises:
+        ConversionError: they are too many.
+    """
+    language = model.language
+    layers = language.num_layers
+    experts = (language.num_moe_experts or 0) * (layers - language.first_k_dense_replace)
+    tensors = len(folder.entries)
+    rows = max((size for entry in folder.entries.values() for size in entry.shape), default=0)
+    for what, value, needed, there, unit in (
+        ("num_hidden_layers", layers, layers, tensors, "tensors"),
+        ("n_routed_experts", language.num_moe_experts, experts, tensors, "tensors"),
+        ("num_attention_heads", language.num_attention_heads, language.query_groups, rows, "rows"),
+        (
+            "vision_config: num_hidden_layers",
+            model.vision and model.vision.num_layers,
+            model.vision.num_layers if model.vision else 0,
+            tensors,
+            "tensors",
+        ),
+    ):
+        if needed > there:
+            raise ConversionError(
+                f"{name}: {what} is {value}, which takes {needed:,} {unit} or more, but "
+                f"{folder.path} has {there:,} at most; expected the config.json of these files; "
+                "nothing was written"
             )
 
 

@@ -20,8 +20,9 @@ from megatron_vlm.data.chat import encode_conversation, encode_prompt
 from megatron_vlm.data.geometry import grid, num_image_tokens, target_size
 from megatron_vlm.data.pictures import decode_picture, patches
 from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer
-from megatron_vlm.release.hub_files import HUB, PROCESSING, write_hub_files
+from megatron_vlm.release.hub_files import HUB, PROCESSING
 from tests.data.samples import VISION, encoded, picture
+from tests.release.folders import write_small_files
 
 pytestmark = pytest.mark.unit
 
@@ -60,7 +61,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Tokeniz
 
     folder = tmp_path_factory.mktemp("hub")
     ours = TOKENIZERS[request.param]()
-    write_hub_files(folder, MODEL, {"model_type": "dots1"}, ours.to_json(), "float32")
+    write_small_files(folder, MODEL, ours.to_json(), "float32")
     hub = _processing()
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings.pop("auto_map")

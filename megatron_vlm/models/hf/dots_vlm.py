@@ -6,6 +6,7 @@ fields stand at the top level, the encoder's below `vision_tower` and `vision_co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_vlm.config.schema import LanguageConfig, ModelConfig
@@ -19,7 +20,7 @@ ARCHITECTURE = "DotsVLMForCausalLM"
 NAMES = NameMap((*deepseek_v3.NAMES.rows, *ROWS), deepseek_v3.NAMES.copies)
 
 
-def read_config(fields: Fields, preprocessor: dict[str, Any] | None) -> dict[str, Any]:
+def read_config(fields: Fields, pictures: Sequence[Fields]) -> dict[str, Any]:
     """Our sections from a config.json's fields.
 
     Raises:
@@ -28,7 +29,7 @@ def read_config(fields: Fields, preprocessor: dict[str, Any] | None) -> dict[str
     # SGLang gives every norm the model's epsilon, as we do.
     language = deepseek_v3.read_traits(fields)
     width = language["hidden_size"]
-    return {"language": language, **read_vision(fields, width, preprocessor, own=False)}
+    return {"language": language, **read_vision(fields, width, pictures, own=False)}
 
 
 def write_config(model: ModelConfig) -> dict[str, Any]:
