@@ -10,13 +10,12 @@ from megatron_vlm.config import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.names import Translation
 from megatron_vlm.models.hf.tensors import EXPERT_BIAS
+from megatron_vlm.release.dtypes import CHOICES
 from megatron_vlm.release.fp8 import BlockScaled
 from megatron_vlm.release.safetensors_reader import DTYPES, SafetensorsFolder
 
 DTYPE_CHOICES: dict[str, torch.dtype | None] = {
-    "keep": None,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
+    name: None if name == "keep" else getattr(torch, name) for name in CHOICES
 }
 """What weights become, by the name of the choice."""
 

@@ -235,23 +235,20 @@ def test_picture_settings_that_disagree(tmp_path: Path) -> None:
 
 
 def test_files_of_a_trained_model(tmp_path: Path) -> None:
-    """Its own tokenizer's ids, and more files by whoever asks for them."""
+    """Its own tokenizer's ids."""
     from megatron_vlm.release.exporting import export_checkpoint
     from megatron_vlm.release.importing import import_folder
 
     write_folder(tmp_path / "theirs", "dots1", vocab_size=384)
     imported = import_folder(tmp_path / "theirs", tmp_path / "ours")
     _as_if_trained(imported.checkpoint)
-    export_checkpoint(
-        tmp_path / "ours", tmp_path / "back", extra_files={"README.md": b"# A model\n"}
-    )
+    export_checkpoint(tmp_path / "ours", tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     ours = Tokenizer.load(tmp_path / "back" / "tokenizer.json")
     assert (config["eos_token_id"], config["pad_token_id"]) == (ours.eos_id, ours.pad_id)
     assert "image_token_id" not in config
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [ours.eos_id, ours.special("end")]
-    assert (tmp_path / "back" / "README.md").read_text() == "# A model\n"
     assert (tmp_path / "back" / "chat_template.jinja").is_file()
 
 
