@@ -153,7 +153,7 @@ def _without_lost_code(kept: dict[str, bytes], code: dict[str, bytes]) -> dict[s
         rest = {
             key: value
             for key, value in values.items()
-            if key != "auto_map" and not (key in _CLASS_FIELDS and value in lost)
+            if key != "auto_map" and not (key in _CLASS_FIELDS and str(value) in lost)
         }
         rest |= {"auto_map": left} if left else {}
         if rest != values:

@@ -96,7 +96,7 @@ def test_code_that_does_not_come_back_is_not_named(place: str, tmp_path: Path) -
             "processor_class": "DotsVLProcessor",
             "auto_map": {"AutoTokenizer": ["tokenization_dots.Slow", None]},
         },
-        "generation_config.json": {"auto_map": None, "do_sample": False},
+        "generation_config.json": {"auto_map": None, "processor_class": [1], "do_sample": False},
     }
     files.setdefault(place, {})["auto_map"] = {"AutoProcessor": REMOTE}
     _with_settings(tmp_path / "theirs", files)
@@ -107,7 +107,7 @@ def test_code_that_does_not_come_back_is_not_named(place: str, tmp_path: Path) -
         "image_processor_type": "Qwen2VLImageProcessor",
     }
     assert found["tokenizer_config.json"] == {"tokenizer_class": "PreTrainedTokenizerFast"}
-    assert found["generation_config.json"] == {"do_sample": False}
+    assert found["generation_config.json"] == {"processor_class": [1], "do_sample": False}
     assert "AutoProcessor" not in found["config.json"]["auto_map"]
     run_outside(tmp_path, "processor", back, "PreTrainedTokenizerBase")
 
