@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.release.dtypes import CHOICES
 
 HELP = """Turn a checkpoint into a folder that transformers loads.
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="HF_DIR", type=Path, help="folder to write")
     parser.add_argument(
         "--dtype",
-        choices=("keep", "bfloat16", "float32"),
+        choices=CHOICES,
         default="keep",
         help="what weights become; float32 takes the optimizer's where there are (default: keep)",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_vlm.release.dtypes import CHOICES
+
 HELP = """Turn a Hugging Face folder into a checkpoint.
 
 Reads config.json and safetensors of Dots1, DeepSeek-V3 (float8 too) and Qwen2, and of dots' encoder
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="CHECKPOINT", type=Path, help="folder to write")
     parser.add_argument(
         "--dtype",
-        choices=("keep", "bfloat16", "float32"),
+        choices=CHOICES,
         default="keep",
         help="what weights become (default: what each is; float8 becomes bfloat16)",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_vlm.cli.export import parse_bytes
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.release.dtypes import CHOICES
 
 HELP = """Release checkpoints of a run: weights for transformers, a model card, the training state.
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", metavar="ID", help="model on the hub that this began as")
     parser.add_argument(
         "--dtype",
-        choices=("keep", "bfloat16", "float32"),
+        choices=CHOICES,
         default="keep",
         help="what weights become; float32 takes the optimizer's where there are (default: keep)",
     )

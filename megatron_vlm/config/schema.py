@@ -120,6 +120,10 @@ class RopeScalingConfig(_Section):
     def _check(self) -> RopeScalingConfig:
         if self.type == "yarn" and self.original_max_position_embeddings is None:
             raise ValueError("original_max_position_embeddings is required when type is yarn")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if self.type != "yarn" and value is not None:
+                raise ValueError(f"{name} is {value}; expected null unless type is yarn; remove it")
         if self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow {self.beta_slow} must be below beta_fast {self.beta_fast}")
         return self

@@ -79,10 +79,12 @@ def _opening(facts: dict[str, Any], sees: bool) -> str:
     if facts["started_from"]:
         kept = "with" if facts["started_with_optimizer"] else "without"
         text += f" The run started from {_text(facts['started_from'])}, {kept} its optimizer."
-    return f"{text}\n\n{_verified(facts['verification'])}"
+    ahead = bool(facts["model"]["language"]["mtp_num_layers"])
+    return f"{text}\n\n{_verified(facts['verification'], ahead)}"
 
 
-def _verified(verification: dict[str, Any] | None) -> str:
+def _verified(verification: dict[str, Any] | None, ahead: bool) -> str:
+    """In words; `ahead`: whether there are layers of multi-token prediction."""
     if verification is None:
         return "**Not verified**: nobody has compared this folder with the checkpoint's own logits."
     left = verification["positions"] - verification["compared"]
@@ -98,7 +100,13 @@ def _verified(verification: dict[str, Any] | None) -> str:
         text += (
             f"; {left} more were left out, where the choice of an expert was too close for float32"
         )
-    return text + "."
+    text += "."
+    if ahead:
+        text += (
+            " These logits are the next token's: the layer of multi-token prediction, which "
+            "transformers loads apart from the model, was not compared."
+        )
+    return text
 
 
 def _point(facts: dict[str, Any]) -> str:
@@ -113,7 +121,8 @@ def _point(facts: dict[str, Any]) -> str:
         "Steps skipped": number(consumed["skipped_iterations"]),
         "Learning rate": f"{rate['value']:.6g} (from {rate['from']})",
         "Schedule": rate["in_words"],
-        "Batch": f"{batch['rows']:,} rows, {batch['tokens_at_most']:,} tokens at most"
+        "Batch": f"{batch['rows']:,} rows at every step (no ramp), "
+        f"{batch['tokens_at_most']:,} tokens at most"
         + (f", {mean:,.0f} on average" if mean is not None else ""),
         "Sequence length": f"{batch['seq_length']:,} tokens",
         "Objective": _text(facts["objective"]),

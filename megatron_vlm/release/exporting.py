@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_vlm.errors import CheckpointError, ConversionError
 from megatron_vlm.models.hf.families import Family, family_for
 from megatron_vlm.models.hf.names import Run, Translation, translate
 from megatron_vlm.models.hf.tensors import EXPERT_BIAS
+from megatron_vlm.release.dtypes import MAIN_WEIGHTS
 from megatron_vlm.release.files import small_files
 from megatron_vlm.release.placing import disk_errors
 from megatron_vlm.release.progress import Meter
@@ -45,7 +46,6 @@ _MOST_PART_BYTES = 1 << 23
 """Of a tensor, read at a time. Our choice."""
 _LEAST_PART_BYTES = 1 << 16
 
-_MAIN = "optimizer.fp32_param."
 _OPTIMIZER = "optimizer."
 
 
@@ -71,7 +71,6 @@ def export_checkpoint(
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     show_progress: bool = False,
-    extra_files: Mapping[str, bytes] | None = None,
 ) -> ExportSummary:
     """Write the folder `target` from a checkpoint of any layout.
 
@@ -83,7 +82,6 @@ def export_checkpoint(
         max_shard_bytes: most bytes of tensors in a file.
         overwrite: replace an earlier export in `target`.
         show_progress: draw progress bars on standard error.
-        extra_files: more files by name: a model card, say. They win over those made here.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -111,7 +109,7 @@ def export_checkpoint(
         named = str(work.tensors[0].dtype).removeprefix("torch.")
         with read_errors(checkpoint):
             small = small_files(checkpoint, model, family, named)
-        for name, content in {**small, **(extra_files or {})}.items():
+        for name, content in small.items():
             release.write(name, content)
         iteration = state["progress"]["iteration"]
         release.commit({"model": model.name, "iteration": iteration, "dtype": dtype})
@@ -141,7 +139,7 @@ class _Work:
         # Where each of ours is read: of half precision, the optimizer has the finer weights.
         main = dtype is torch.float32
         self._keys = {
-            key: _MAIN + key if main and _MAIN + key in stored.tensors else key
+            key: MAIN_WEIGHTS + key if main and MAIN_WEIGHTS + key in stored.tensors else key
             for key in translation.ours
         }
         for key, shape in translation.ours.items():

@@ -45,6 +45,8 @@ def training_facts(candidate: Candidate, history: History) -> dict[str, Any]:
         "learning_rate": _learning_rate(config, iteration, history),
         "batch": {
             "rows": config.training.global_batch_size,
+            # No recipe can have one: each step of a run has as many rows.
+            "ramp": None,
             "seq_length": config.training.seq_length,
             "tokens_at_most": config.training.global_batch_size * config.training.seq_length,
             "tokens_mean": candidate.tokens / iteration if iteration else None,

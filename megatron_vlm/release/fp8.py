@@ -120,6 +120,8 @@ def _block_size(config: dict[str, Any], name: str, used: bool) -> tuple[int, int
             f"{name}: quantization_config is {str(settings)[:80]}; expected quant_method fp8 with "
             "fmt e4m3, or weights that are not quantised"
         )
+    if not used:
+        return 1, 1
     block = settings.get("weight_block_size")
     ok = isinstance(block, list) and len(block) == 2
     if not ok or not all(type(size) is int and size > 0 for size in block):

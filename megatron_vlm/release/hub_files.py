@@ -2,71 +2,55 @@
 
 A vision-language model carries three Python files of its own (`hub/`), which need nothing but
 transformers: with `trust_remote_code=True` its Auto classes load the folder where this package is
-not installed. Field names are those released with dots.vlm1 and dots.ocr, whose model types are
-written wherever the model is one of theirs, so that programs that serve those serve it too.
+not installed.
+
+Names of fields and weights are those released with dots.vlm1 and dots.ocr, and a model of that
+architecture has their model type. That is all that agrees: programs that serve those also need
+their special tokens (`<|img|>`, `<|imgpad|>`, `<|endofimg|>`) and their form of a prompt. The
+tokenizer that a model is trained with here has others, so what was trained here is served by
+transformers; an imported model keeps its tokenizer and can still be served by the rest.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config.schema import ModelConfig, VisionConfig
 from megatron_vlm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from megatron_vlm.models.hf import own
-from megatron_vlm.models.hf.vision import has_released_encoder, write_vision
+from megatron_vlm.models.hf.families import Family
 
 HUB = Path(__file__).parent / "hub"
 MODELING, PROCESSING = "modeling_megatron_vlm", "processing_megatron_vlm"
 PYTHON_FILES = ("vision_megatron_vlm.py", f"{MODELING}.py", f"{PROCESSING}.py")
 
-_OWN = {
-    "dots1": ("MegatronVlmConfig", own.ARCHITECTURES["dots1"]),
-    "deepseek_v3": ("MegatronVlmDeepseekV3Config", own.ARCHITECTURES["deepseek_v3"]),
-    "qwen2": ("MegatronVlmQwen2Config", own.ARCHITECTURES["qwen2"]),
-}
-_RELEASED = {
-    "deepseek_v3": ("dots_vlm", "DotsVLMConfig", "DotsVLMForCausalLM"),
-    "qwen2": ("dots_ocr", "DotsOCRConfig", "DotsOCRForCausalLM"),
-}
-
-
-def write_hub_files(
-    folder: Path, model: ModelConfig, text_config: dict[str, Any], tokenizer_json: str, dtype: str
-) -> None:
-    """Write what `hub_files` gives into `folder`, which exists."""
-    for name, content in hub_files(model, text_config, tokenizer_json, dtype).items():
-        (folder / name).write_bytes(content)
+PROCESSOR = f"{PROCESSING}.MegatronVlmProcessor"
+"""Our processor, as an `auto_map` names it."""
 
 
 def hub_files(
-    model: ModelConfig, text_config: dict[str, Any], tokenizer_json: str, dtype: str
+    model: ModelConfig, family: Family, tokenizer_json: str, dtype: str
 ) -> dict[str, bytes]:
     """Content of each file beside the weights, by its name.
 
     Args:
         model: with or without an encoder.
-        text_config: the decoder's `config.json` as transformers has it for the text-only model.
+        family: what it is released as.
         tokenizer_json: text of the `tokenizer.json` that the model was trained with.
         dtype: of the weights in the files, for example `bfloat16`.
 
     Raises:
+        ConversionError: the model has a trait that the family lacks.
         DataError: `tokenizer_json` is no Hugging Face tokenizer.
-        ValueError: a decoder that no class is written for.
     """
     tokenizer = Tokenizer.from_json(tokenizer_json)
     ids = tokenizer.special_ids
-    config = text_config
-    if model.vision is not None:
-        config = vlm_config(text_config, model, ids.image)
-    config = {
-        **config,
-        **dtype_fields(dtype),
-        "bos_token_id": None,
-        "eos_token_id": ids.eos,
-        "pad_token_id": ids.pad,
-    }
+    config = model_config(model, family, dtype)
+    if family.sees:
+        config |= {"image_token_id": ids.image, "video_token_id": None}
+    config |= {"bos_token_id": None, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     files: dict[str, Any] = {
         "config.json": config,
         "generation_config.json": _generation_config(tokenizer, model.language.vocab_size),
@@ -82,44 +66,30 @@ def hub_files(
     return content
 
 
-def vlm_config(
-    text_config: dict[str, Any],
-    model: ModelConfig,
-    image_token_id: int | None,
-    video_token_id: int | None = None,
-) -> dict[str, Any]:
-    """`config.json` of a vision-language model: the decoder's fields, flat, and the encoder's.
-
-    Args:
-        text_config: the decoder's `config.json` as transformers has it for the text-only model.
-        model: with an encoder.
-        image_token_id: of the placeholder that a picture's features take the place of; null if
-            nobody has said.
-        video_token_id: likewise of video; null where the vocabulary has none.
+def model_config(model: ModelConfig, family: Family, dtype: str) -> dict[str, Any]:
+    """`config.json` without the tokenizer's ids: the decoder's fields, flat, and the encoder's.
 
     Raises:
-        ValueError: a decoder that no class is written for.
+        ConversionError: the model has a trait that the family lacks.
     """
-    decoder = str(text_config["model_type"])
-    if decoder not in _OWN:
-        raise ValueError(f"model_type {decoder!r} of the decoder: expected {', '.join(_OWN)}")
-    model_type, (config_class, model_class) = "megatron_vlm", _OWN[decoder]
-    if decoder in _RELEASED and has_released_encoder(model):
-        model_type, config_class, model_class = _RELEASED[decoder]
-    return {
-        **text_config,
-        "model_type": model_type,
-        "architectures": [model_class],
-        "auto_map": {
-            "AutoConfig": f"{MODELING}.{config_class}",
-            "AutoModelForCausalLM": f"{MODELING}.{model_class}",
-            "AutoModelForImageTextToText": f"{MODELING}.{model_class}",
-            "AutoProcessor": f"{PROCESSING}.MegatronVlmProcessor",
-        },
-        "image_token_id": image_token_id,
-        "video_token_id": video_token_id,
-        "vision_config": write_vision(model),
+    config = {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        **family.write(model),
+        # For every reader: transformers 4.56 gave the field a new name.
+        "dtype": dtype,
+        "torch_dtype": dtype,
     }
+    if family.sees:
+        model_class = f"{MODELING}.{family.architecture}"
+        config["auto_map"] = {
+            # Each class of models has one of configurations, named alike.
+            "AutoConfig": re.sub(r"For[A-Z]\w*$", "Config", model_class),
+            "AutoModelForCausalLM": model_class,
+            "AutoModelForImageTextToText": model_class,
+            "AutoProcessor": PROCESSOR,
+        }
+    return config
 
 
 def _preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
@@ -129,7 +99,7 @@ def _preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
         "processor_class": "MegatronVlmProcessor",
         "auto_map": {
             "AutoImageProcessor": f"{PROCESSING}.MegatronVlmImageProcessor",
-            "AutoProcessor": f"{PROCESSING}.MegatronVlmProcessor",
+            "AutoProcessor": PROCESSOR,
         },
         "min_pixels": vision.min_pixels,
         "max_pixels": vision.max_pixels,
@@ -144,7 +114,7 @@ def _preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
 def _processor_config() -> dict[str, Any]:
     return {
         "processor_class": "MegatronVlmProcessor",
-        "auto_map": {"AutoProcessor": f"{PROCESSING}.MegatronVlmProcessor"},
+        "auto_map": {"AutoProcessor": PROCESSOR},
         "image_token": SPECIAL_TOKENS["image"],
     }
 
@@ -169,11 +139,6 @@ def _tokenizer_config(longest: int) -> dict[str, Any]:
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-
-
-def dtype_fields(dtype: str) -> dict[str, str]:
-    """The dtype for every reader: transformers 4.56 gave the field a new name."""
-    return {"dtype": dtype, "torch_dtype": dtype}
 
 
 def python_files() -> dict[str, bytes]:

@@ -24,11 +24,11 @@ from megatron_vlm.checkpoint.streamed import FILE_BYTES, Box, StreamedCheckpoint
 from megatron_vlm.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml
 from megatron_vlm.models.hf.families import Family, read_model
 from megatron_vlm.models.hf.names import Run, Translation, translate
-from megatron_vlm.release.files import KEPT_FOLDER, MODEL_FILE, kept_files
+from megatron_vlm.release.files import KEPT_FOLDER, MODEL_FILE, kept_files, picture_settings
 from megatron_vlm.release.placing import disk_errors
 from megatron_vlm.release.progress import Meter
 from megatron_vlm.release.safetensors_reader import SafetensorsFolder, read_errors, read_json
-from megatron_vlm.release.source import DTYPE_CHOICES, Source
+from megatron_vlm.release.source import DTYPE_CHOICES, Source, check_counts
 from megatron_vlm.release.targets import ITERATION, checkpoint_folder
 from megatron_vlm.release.values import check_finite, one_thread
 
@@ -76,18 +76,17 @@ def import_folder(
     """
     config_file = source / "config.json"
     config = read_json(config_file)
-    preprocessor = source / "preprocessor_config.json"
     with read_errors(source):
         kept = kept_files(source)
-        pictures = read_json(preprocessor) if preprocessor.is_file() else None
-    family, model = read_model(config, str(config_file), pictures)
-    translation = translate(model, family.names)
+    family, model = read_model(config, str(config_file), picture_settings(source, kept))
     with (
         one_thread(),
         disk_errors(target),
         checkpoint_folder(target, overwrite),
         SafetensorsFolder(source) as tensors,
     ):
+        check_counts(model, tensors, str(config_file))
+        translation = translate(model, family.names)
         weights = Source(tensors, translation, config, config_file.name)
         work = list(_work(translation, weights, DTYPE_CHOICES[dtype]))
         weights.check_copies()

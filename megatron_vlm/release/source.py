@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 
+from megatron_vlm.config import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.names import Translation
 from megatron_vlm.models.hf.tensors import EXPERT_BIAS
+from megatron_vlm.release.dtypes import CHOICES
 from megatron_vlm.release.fp8 import BlockScaled
 from megatron_vlm.release.safetensors_reader import DTYPES, SafetensorsFolder
 
 DTYPE_CHOICES: dict[str, torch.dtype | None] = {
-    "keep": None,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
+    name: None if name == "keep" else getattr(torch, name) for name in CHOICES
 }
 """What weights become, by the name of the choice."""
 
 _COMPARED_BYTES = 1 << 22
+_CONVERTED_BYTES = 1 << 22
 
 
 class Source:
@@ -91,9 +92,9 @@ class Source:
         Raises:
             ConversionError: its parts differ in dtype and are to be kept as they are.
         """
-        # Training keeps this in float32 and rounds it nowhere.
-        if dtype is not None and not key.endswith(EXPERT_BIAS):
-            return dtype
+        if dtype is not None:
+            # Training keeps it in float32 and rounds it nowhere.
+            return torch.float32 if key.endswith(EXPERT_BIAS) else dtype
         first = self.dtype(sources[0])
         for name in sources:
             if self.dtype(name) != first:
@@ -112,9 +113,12 @@ class Source:
         if stored == out.dtype:
             self._folder.read(name, start, out)
             return
-        part = torch.empty(out.shape, dtype=stored)
-        self._folder.read(name, start, part)
-        out.copy_(part)
+        # A little at a time: what is read lies beside what it becomes, and may be wider.
+        step = _CONVERTED_BYTES // stored.itemsize
+        for done in range(0, out.numel(), step):
+            part = torch.empty(min(step, out.numel() - done), dtype=stored)
+            self._folder.read(name, start + done, part)
+            out[done : done + part.numel()] = part
 
     def check_copies(self) -> None:
         """Refuse a tensor that should repeat another and does not.
@@ -147,6 +151,45 @@ class Source:
             raise ConversionError(
                 f"{self._folder.path / one.file}: {name} differs from {of}, which it must repeat: "
                 "the model has one for both; nothing was written"
+            )
+
+
+def check_counts(model: ModelConfig, folder: SafetensorsFolder, name: str) -> None:
+    """Refuse more layers, experts or heads than a folder's headers have room for.
+
+    A plan takes time and memory for each of them, so what config.json claims is held against the
+    files first: each layer and each expert has a tensor of its own, each head a row of one.
+
+    Args:
+        model: what is to be planned.
+        folder: the tensors.
+        name: what errors call config.json.
+
+    Raises:
+        ConversionError: they are too many.
+    """
+    language = model.language
+    layers = language.num_layers
+    experts = (language.num_moe_experts or 0) * (layers - language.first_k_dense_replace)
+    tensors = len(folder.entries)
+    rows = max((size for entry in folder.entries.values() for size in entry.shape), default=0)
+    for what, value, needed, there, unit in (
+        ("num_hidden_layers", layers, layers, tensors, "tensors"),
+        ("n_routed_experts", language.num_moe_experts, experts, tensors, "tensors"),
+        ("num_attention_heads", language.num_attention_heads, language.query_groups, rows, "rows"),
+        (
+            "vision_config: num_hidden_layers",
+            model.vision and model.vision.num_layers,
+            model.vision.num_layers if model.vision else 0,
+            tensors,
+            "tensors",
+        ),
+    ):
+        if needed > there:
+            raise ConversionError(
+                f"{name}: {what} is {value}, which takes {needed:,} {unit} or more, but "
+                f"{folder.path} has {there:,} at most; expected the config.json of these files; "
+                "nothing was written"
             )
 
 

@@ -17,12 +17,11 @@ from megatron_vlm.engine.routers import routers
 from megatron_vlm.evaluation.generate import Answerer, Question
 from megatron_vlm.models.hf.tensors import EXPERT_BIAS
 from megatron_vlm.models.language.router import SigmoidRouter
+from megatron_vlm.release.dtypes import MAIN_WEIGHTS
 
 SURE = 1e-5
 """Difference of two experts' scores, of at most some 1, below which their order is not sure between
 two programs in float32. Our choice."""
-
-_MAIN = "optimizer.fp32_param."
 
 MakeRows = Callable[[list[int], int], list[list[int]]]
 
@@ -115,7 +114,7 @@ def _as_released(answerer: Answerer, checkpoint: Path, dtype: str) -> None:
             weights = entry.data
             if dtype == "bfloat16" and not name.endswith(EXPERT_BIAS):
                 weights.copy_(weights.to(torch.bfloat16))
-            if dtype == "float32" and _MAIN + name in stored.tensors:
-                finer = torch.empty(stored.tensors[_MAIN + name].shape, dtype=torch.float32)
-                stored.read(_MAIN + name, 0, finer.view(-1))
+            if dtype == "float32" and MAIN_WEIGHTS + name in stored.tensors:
+                finer = torch.empty(stored.tensors[MAIN_WEIGHTS + name].shape, dtype=torch.float32)
+                stored.read(MAIN_WEIGHTS + name, 0, finer.view(-1))
                 weights.copy_(finer.view(weights.shape))

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_vlm.models.hf.families import read_model
+from megatron_vlm.config import ModelConfig
+from megatron_vlm.models.hf.families import family_for, read_model
 from megatron_vlm.models.hf.names import translate
 
 _ROPE: dict[str, Any] = {"rope_theta": 10000.0, "rope_scaling": None}
@@ -201,3 +202,11 @@ def edit_header(path: Path, change: Any) -> None:
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+def write_small_files(path: Path, model: ModelConfig, tokenizer_json: str, dtype: str) -> None:
+    """Write what an export of a model trained here has beside its weights."""
+    from megatron_vlm.release.hub_files import hub_files
+
+    for name, content in hub_files(model, family_for(model), tokenizer_json, dtype).items():
+        (path / name).write_bytes(content)

@@ -4,6 +4,7 @@
     python outside.py example FOLDER SCRIPT
     python outside.py round_trip FOLDER...
     python outside.py resave FOLDER...
+    python outside.py processor FOLDER CLASS
 
 Importing megatron-core or this package fails here, as where they are not installed.
 """
@@ -185,8 +186,17 @@ def resave(*folders: str) -> None:
         model.save_pretrained(Path(folder) / "saved")
 
 
+def processor(folder: str, expected: str) -> None:
+    """Load the processor, or what transformers has in the place of one."""
+    from transformers import AutoProcessor
+
+    found = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert expected in [kind.__name__ for kind in type(found).__mro__], type(found)
+
+
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
-    actions = {"answer": answer, "example": example, "round_trip": round_trip, "resave": resave}
-    actions[sys.argv[1]](*sys.argv[2:])
+    {action.__name__: action for action in (answer, example, round_trip, resave, processor)}[
+        sys.argv[1]
+    ](*sys.argv[2:])
     assert "torchvision" not in sys.modules

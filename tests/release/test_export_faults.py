@@ -202,9 +202,17 @@ def _damage(content: bytes, draw: random.Random) -> bytes:
     return bytes(result)
 
 
+def _another_digit(content: bytes, draw: random.Random) -> bytes:
+    """One digit changed: what is still read as the same kind of file."""
+    result = bytearray(content)
+    spot = draw.choice([place for place, byte in enumerate(content) if chr(byte).isdigit()])
+    result[spot] = ord(draw.choice("123456789"))
+    return bytes(result)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_damaged_folders_never_pass_unnoticed(seed: int, place: Path) -> None:
-    """Damage to a header, the index or config.json is one line; to numbers, it comes through."""
+    """Damage to a header, the index or config.json is one line."""
     from megatron_vlm.release.importing import import_folder
 
     draw = random.Random(seed)
@@ -216,11 +224,37 @@ def test_damaged_folders_never_pass_unnoticed(seed: int, place: Path) -> None:
         file.write_bytes(_damage(content[:length], draw) + content[length:])
     else:
         file.write_bytes(_damage(content, draw))
-    try:
+    with pytest.raises(UserError) as error:
         import_folder(place / "theirs", place / "deep" / "ours")
-    except UserError as error:
-        assert "\n" not in str(error)
-        assert not _left(place)
+    assert "\n" not in str(error.value)
+    assert not _left(place)
+
+
+def test_other_numbers_in_a_config(place: Path, tmp_path: Path) -> None:
+    """A size is refused; what no tensor tells, an epsilon say, is believed and harms no tensor."""
+    from megatron_vlm.release.exporting import export_checkpoint
+    from megatron_vlm.release.importing import import_folder
+
+    file = place / "theirs" / "config.json"
+    content, tensors = file.read_bytes(), read_tensors(place / "theirs")
+    refused = through = 0
+    for seed in range(40):
+        changed = _another_digit(content, random.Random(seed))
+        file.write_bytes(changed)
+        ours, back = (tmp_path / str(seed) / name for name in ("ours", "back"))
+        try:
+            import_folder(place / "theirs", ours)
+        except UserError as error:
+            assert "\n" not in str(error)
+            assert not ours.parent.exists()
+            refused += 1
+            continue
+        export_checkpoint(ours, back)
+        assert_identical(read_tensors(back), tensors)
+        said, written = json.loads(changed), json.loads((back / "config.json").read_text())
+        assert {field: written[field] for field in said} == said
+        through += 1
+    assert refused > 5 and through > 5
 
 
 INDEX = "model.safetensors.index.json"

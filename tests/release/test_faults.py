@@ -360,6 +360,36 @@ def test_prediction_that_transformers_dropped(
     _refused(tmp_path / "theirs", "set num_nextn_predict_layers to 0", capsys)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("dots1", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, which takes"),
+        ("dots1", {"n_routed_experts": 10**9}, "n_routed_experts is 1000000000, which takes"),
+        (
+            "dots1",
+            {"num_attention_heads": 10**9, "num_key_value_heads": 10**9, "head_dim": 2},
+            "num_attention_heads is 1000000000, which takes",
+        ),
+        (
+            "dots_ocr",
+            {"vision_config": CONFIGS["dots_ocr"]["vision_config"] | {"num_hidden_layers": 10**9}},
+            "vision_config: num_hidden_layers is 1000000000, which takes",
+        ),
+    ],
+)
+def test_counts_that_no_file_has_room_for(
+    name: str,
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Refused before anything is made for each of them, in less time than one can measure."""
+    write_folder(tmp_path / "theirs", name)
+    _config(**changes)(tmp_path / "theirs")
+    _refused(tmp_path / "theirs", message, capsys)
+
+
 LAYER = "model.layers.3."
 
 

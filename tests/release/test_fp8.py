@@ -80,6 +80,23 @@ def test_float8_is_multiplied_out(
     assert "quantization_config" not in config
 
 
+def test_settings_of_a_format_that_no_tensor_has(tmp_path: Path) -> None:
+    """Weights multiplied out already, under a config.json that still speaks of float8."""
+    from megatron_vlm.release.importing import import_folder
+
+    write_folder(tmp_path / "theirs", "deepseek_v3")
+    file = tmp_path / "theirs" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    file.write_text(json.dumps(config))
+    import_folder(tmp_path / "theirs", tmp_path / "ours")
+    _write_float8(tmp_path / "float8")
+    config = json.loads((tmp_path / "float8" / "config.json").read_text())
+    del config["quantization_config"]["weight_block_size"]
+    (tmp_path / "float8" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match="weight_block_size is None; expected two sizes"):
+        import_folder(tmp_path / "float8", tmp_path / "theirs_too")
+
+
 def test_parts_of_a_matrix_are_alike_wherever_they_are_cut() -> None:
     from megatron_vlm.release.fp8 import multiply_out
 

@@ -12,14 +12,8 @@ import pytest
 
 from megatron_vlm.config import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_tokenizer
-from megatron_vlm.release.hub_files import (
-    HUB,
-    PYTHON_FILES,
-    has_released_encoder,
-    hub_files,
-    vlm_config,
-    write_hub_files,
-)
+from megatron_vlm.models.hf.families import family_for
+from megatron_vlm.release.hub_files import HUB, PYTHON_FILES, hub_files
 
 pytestmark = pytest.mark.unit
 
@@ -31,7 +25,18 @@ SIZES: dict[str, Any] = {
 }
 
 
-def _model(vision: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None) -> Any:
+DECODERS: dict[str, dict[str, Any]] = {
+    "dots1": {},
+    "deepseek_v3": {"qk_layernorm": False, "kv_lora_rank": 16, "rotary_interleaved": True},
+    "qwen2": {"qk_layernorm": False, "add_qkv_bias": True},
+}
+
+
+def _model(
+    vision: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    decoder: str = "dots1",
+) -> Any:
     language = LanguageConfig(
         num_layers=2,
         hidden_size=64,
@@ -39,15 +44,16 @@ def _model(vision: dict[str, Any] | None = None, adapter: dict[str, Any] | None 
         ffn_hidden_size=64,
         vocab_size=384,
         max_position_embeddings=777,
+        rotary_base=5.0,
+        **DECODERS[decoder],
     )
     return ModelConfig.model_validate(
         {"vision": SIZES | (vision or {}), "adapter": adapter or {}, "language": language}
     )
 
 
-def _files(model: ModelConfig, decoder: str = "dots1") -> dict[str, Any]:
-    text = {"model_type": decoder, "architectures": ["Decoder"], "rope_theta": 5.0}
-    content = hub_files(model, text, byte_tokenizer().to_json(), "bfloat16")
+def _files(model: ModelConfig) -> dict[str, Any]:
+    content = hub_files(model, family_for(model), byte_tokenizer().to_json(), "bfloat16")
     return {
         name: json.loads(value) if name.endswith(".json") else value.decode()
         for name, value in content.items()
@@ -75,7 +81,7 @@ def _files(model: ModelConfig, decoder: str = "dots1") -> dict[str, Any]:
     ],
 )
 def test_classes(decoder: str, changes: Any, model_type: str, architecture: str) -> None:
-    config = _files(_model(**changes), decoder)["config.json"]
+    config = _files(_model(**changes, decoder=decoder))["config.json"]
     assert (config["model_type"], config["architectures"]) == (model_type, [architecture])
     defined = {
         f"{Path(name).stem}.{node.name}"
@@ -85,11 +91,6 @@ def test_classes(decoder: str, changes: Any, model_type: str, architecture: str)
     }
     assert set(config["auto_map"].values()) <= defined
     assert config["auto_map"]["AutoModelForImageTextToText"].endswith(f".{architecture}")
-
-
-def test_a_decoder_without_a_class() -> None:
-    with pytest.raises(ValueError, match="model_type 'llama' of the decoder: expected dots1"):
-        vlm_config({"model_type": "llama"}, _model(), 5)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +106,14 @@ def test_a_decoder_without_a_class() -> None:
     ],
 )
 def test_departures_from_the_released_encoder(vision: Any, adapter: Any) -> None:
-    assert has_released_encoder(_model())
-    assert has_released_encoder(_model({"hidden_size": 48, "num_layers": 1}))
-    assert not has_released_encoder(_model(vision, adapter))
+    for sizes in ({}, {"hidden_size": 48, "num_layers": 1}):
+        assert family_for(_model(sizes, decoder="qwen2")).model_type == "dots_ocr"
+    assert family_for(_model(vision, adapter, "qwen2")).model_type == "megatron_vlm"
 
 
 def test_config() -> None:
     """Fields that SGLang's and vLLM's configurations of dots.vlm1 and dots.ocr read."""
-    config = _files(_model(), "deepseek_v3")["config.json"]
+    config = _files(_model(decoder="deepseek_v3"))["config.json"]
     assert config["rope_theta"] == 5.0 and config["dtype"] == "bfloat16"
     ids = byte_tokenizer().special_ids
     assert (config["image_token_id"], config["video_token_id"]) == (ids.image, None)
@@ -164,17 +165,18 @@ def test_pictures_and_tokens() -> None:
         assert token in files["chat_template.jinja"] or (roles and role in SPECIAL_TOKENS)
 
 
-def test_text_alone(tmp_path: Path) -> None:
-    model = _model().model_copy(update={"vision": None})
-    write_hub_files(tmp_path, model, {"model_type": "llama"}, byte_tokenizer().to_json(), "float32")
-    assert {path.name for path in tmp_path.iterdir()} == {
+def test_text_alone() -> None:
+    files = _files(_model().model_copy(update={"vision": None}))
+    assert set(files) == {
         "config.json",
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
     }
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+    config = files["config.json"]
+    assert (config["model_type"], config["architectures"]) == ("dots1", ["Dots1ForCausalLM"])
+    assert not config.keys() & {"auto_map", "image_token_id", "vision_config"}
 
 
 def test_python_files_need_transformers_alone() -> None:

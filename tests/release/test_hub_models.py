@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vlm.config import AdapterConfig, LanguageConfig, ModelConfig, RunConfig, load_recipe
+from megatron_vlm.config import RunConfig, load_recipe
 from megatron_vlm.data.tokenizer import byte_tokenizer
+from megatron_vlm.models.hf.families import family_for, read_model
+from megatron_vlm.models.hf.own import ARCHITECTURES as OWN
 from megatron_vlm.platform import World
-from megatron_vlm.release.hub_files import write_hub_files
 from tests.data.samples import encoded, picture
-from tests.dots1_map import dots1_config
 from tests.ranks import run_ranks
+from tests.release.folders import CONFIGS, write_small_files
 from tests.release.released import perturb, released_weights
 from tests.training_case import RECIPE
 
@@ -102,9 +103,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             file.write_bytes(encoded(picture(*size, seed=number)))
             files.append(str(file))
         questions.append((text, files))
-    text_config = dots1_config(config.model.language).to_dict()
-    tokenizer = byte_tokenizer().to_json()
-    write_hub_files(folder, config.model, text_config, tokenizer, "float32")
+    write_small_files(folder, config.model, byte_tokenizer().to_json(), "float32")
     (ours,) = run_ranks(1, _write_and_answer, config, folder, questions)
     request = {
         "max_new_tokens": NEW_TOKENS,
@@ -178,73 +177,27 @@ def test_the_example_of_the_documents(answers: dict[str, Any]) -> None:
     assert done.stdout.strip()
 
 
-VISION = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "ffn_hidden_size": 64}
-TEXT: dict[str, dict[str, Any]] = {
-    "dots1": {
-        "moe_intermediate_size": 16,
-        "n_shared_experts": 1,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": True,
-        "sliding_window": None,
-        "head_dim": 8,
-    },
-    "deepseek_v3": {
-        "moe_intermediate_size": 16,
-        "n_shared_experts": 1,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 12,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "max_position_embeddings": 256,
-        "rope_theta": 10000,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 4,
-            "original_max_position_embeddings": 64,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-    },
-    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-}
-
-
 @pytest.mark.unit
 def test_every_decoder_from_files_and_back(tmp_path: Path) -> None:
-    language = LanguageConfig(
-        num_layers=3, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, vocab_size=263
-    )
-    sizes = {
-        "vocab_size": 263,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-3,
-    }
-    folders = []
-    for released in (True, False):
-        vision = VISION if released else VISION | {"gated_linear_unit": False}
-        adapter = AdapterConfig(merge="concatenate" if released else "average")
-        model = ModelConfig.model_validate(
-            {"vision": vision, "adapter": adapter, "language": language}
-        )
-        for decoder, fields in TEXT.items():
-            folder = tmp_path / f"{decoder}_{released}"
+    """Of random weights, behind the released encoder and behind one with other options."""
+    other = {"gated_linear_unit": False, "merge": "average"}
+    folders = {}
+    for name in ("megatron_vlm", "dots_vlm", "dots_ocr"):
+        for options in ({}, other):
+            config = dict(CONFIGS[name]) | {"vocab_size": 263, "rms_norm_eps": 1e-3}
+            decoder = config["model_type"]
+            if options:
+                config["model_type"], decoder = "megatron_vlm", _DECODERS[name]
+                config["architectures"] = [OWN[decoder]]
+            config["vision_config"] = config["vision_config"] | options
+            config["tie_word_embeddings"] = name == "dots_ocr"
+            _, model = read_model(config, "config.json")
+            folder = tmp_path / f"{decoder}_{bool(options)}"
             folder.mkdir()
-            text_config = {"model_type": decoder, **sizes, **fields}
-            tokenizer = byte_tokenizer().to_json()
-            write_hub_files(folder, model, text_config, tokenizer, "float32")
-            folders.append(folder)
+            write_small_files(folder, model, byte_tokenizer().to_json(), "float32")
+            folders[folder] = family_for(model).architecture
+    assert len(set(folders.values())) == 5
     run_outside(tmp_path, "round_trip", *folders)
+
+
+_DECODERS = {"megatron_vlm": "dots1", "dots_vlm": "deepseek_v3", "dots_ocr": "qwen2"}

@@ -20,8 +20,9 @@ from megatron_vlm.data.chat import encode_conversation, encode_prompt
 from megatron_vlm.data.geometry import grid, num_image_tokens, target_size
 from megatron_vlm.data.pictures import decode_picture, patches
 from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer
-from megatron_vlm.release.hub_files import HUB, PROCESSING, write_hub_files
+from megatron_vlm.release.hub_files import HUB, PROCESSING
 from tests.data.samples import VISION, encoded, picture
+from tests.release.folders import write_small_files
 
 pytestmark = pytest.mark.unit
 
@@ -60,7 +61,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Tokeniz
 
     folder = tmp_path_factory.mktemp("hub")
     ours = TOKENIZERS[request.param]()
-    write_hub_files(folder, MODEL, {"model_type": "dots1"}, ours.to_json(), "float32")
+    write_small_files(folder, MODEL, ours.to_json(), "float32")
     hub = _processing()
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings.pop("auto_map")
@@ -143,10 +144,23 @@ def test_ways_to_give_a_picture(both: tuple[Tokenizer, Any], tmp_path: Path) -> 
     for way in ways:
         given = both[1].image_processor([[way]], return_tensors="np")
         np.testing.assert_array_equal(given["pixel_values"], pixels)
-    with pytest.raises(ValueError, match="no such file, no address and no base64"):
-        both[1].image_processor("nowhere.png")
+    for name in ("nowhere.png", "no/" * 2000 + "where.png"):
+        with pytest.raises(ValueError, match="no such file, no address and no base64"):
+            both[1].image_processor(name)
     with pytest.raises(TypeError, match="a picture as int"):
         both[1].image_processor(5)
+
+
+def test_a_long_picture_in_base64(both: tuple[Tokenizer, Any]) -> None:
+    """Whatever its text looks like as a path: it begins with a slash, as a JPEG's does."""
+    for seed in range(4):
+        noise = np.random.default_rng(seed).integers(0, 256, (256, 320, 3), dtype=np.uint8)
+        file = encoded(Image.fromarray(noise), "JPEG")
+        text = base64.b64encode(file).decode()
+        assert len(text) > 50_000 and text.startswith("/9j/")
+        pixels, _ = _ours([file])
+        given = both[1].image_processor(text, return_tensors="np")
+        np.testing.assert_array_equal(given["pixel_values"], pixels)
 
 
 def _content(text: str, pictures: list[bytes]) -> list[dict[str, Any]]:

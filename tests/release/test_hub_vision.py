@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_vlm.config import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.models.hf.vision import write_vision
 from megatron_vlm.models.vision.encoder import VisionEncoder
-from megatron_vlm.release.hub_files import HUB, vlm_config
+from megatron_vlm.release.hub_files import HUB
 from tests.release.released import perturb, released_encoder
 
 pytestmark = pytest.mark.unit
@@ -58,8 +59,7 @@ def _both(hub: ModuleType, name: str, dtype: torch.dtype) -> tuple[VisionEncoder
     assert model.vision is not None
     ours = VisionEncoder(model.vision, model.adapter, LANGUAGE.hidden_size).to(dtype)
     perturb(ours, seed=0)
-    written = vlm_config({"model_type": "dots1"}, model, image_token_id=5)["vision_config"]
-    theirs = hub.VisionTower(hub.VisionConfig(**written)).to(dtype)
+    theirs = hub.VisionTower(hub.VisionConfig(**write_vision(model))).to(dtype)
     theirs.load_state_dict(released_encoder(ours.state_dict()), strict=True)
     return ours, theirs
 

@@ -198,6 +198,28 @@ def test_cards_of_all_kinds_parse(tmp_path: Path) -> None:
     assert json.loads(json.dumps(facts, allow_nan=False))["losses"]["training"]["lm_loss"] is None
 
 
+def test_what_was_not_verified_is_said(tmp_path: Path) -> None:
+    verified = {
+        "max_relative_difference": 3e-7,
+        "transformers": "5.23.0",
+        "positions": 8,
+        "compared": 8,
+        "prompts": 2,
+        "pictures": 0,
+    }
+    apart = "the layer of multi-token prediction, which transformers loads apart"
+    for model, ahead in (("deepseek-v3-twin", True), ("dots-llm1-twin", False)):
+        card = model_card(_facts(tmp_path, f"model={model}", verification=verified))
+        assert "**Verified**" in card and (apart in card) is ahead
+    assert apart not in model_card(_facts(tmp_path, "model=deepseek-v3-twin"))
+
+
+def test_batches_have_no_ramp(tmp_path: Path) -> None:
+    facts = _facts(tmp_path, "training.global_batch_size=6", "training.seq_length=64")
+    assert facts["batch"]["ramp"] is None
+    assert "| Batch | 6 rows at every step (no ramp), 384 tokens at most" in model_card(facts)
+
+
 def test_layouts_in_words() -> None:
     assert layout_in_words({}) == "not known"
     assert layout_in_words({"world_size": 1, "tp": 1}) == "1 process"

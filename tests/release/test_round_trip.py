@@ -63,12 +63,24 @@ def test_dtypes_of_an_export(dtype: str, tmp_path: Path) -> None:
     assert config["torch_dtype"] == dtype
 
 
-def test_dtype_of_an_import(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dtype_of_an_import(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an export's: expert biases become float32, also where they are stored in half of it."""
+    from megatron_vlm.release import source
     from megatron_vlm.release.exporting import export_checkpoint
     from megatron_vlm.release.importing import import_folder
+    from tests.release.folders import write_tensors
 
+    # So small that every tensor is converted in several parts, the last one short.
+    monkeypatch.setattr(source, "_CONVERTED_BYTES", 100)
     tensors = write_folder(tmp_path / "theirs", "dots1")
-    import_folder(tmp_path / "theirs", tmp_path / "ours", dtype="float32")
+    biases = [name for name in tensors if name.endswith("correction_bias")]
+    tensors[biases[0]] = tensors[biases[0]].bfloat16()
+    write_tensors(tmp_path / "theirs", tensors)
+    import_folder(tmp_path / "theirs", tmp_path / "ours", dtype=dtype)
     export_checkpoint(tmp_path / "ours", tmp_path / "back")
-    expected = {name: values.float() for name, values in tensors.items()}
+    expected = {
+        name: values.to(torch.float32 if name in biases else getattr(torch, dtype))
+        for name, values in tensors.items()
+    }
     assert_identical(read_tensors(tmp_path / "back"), expected)

@@ -205,5 +205,6 @@ def _routing(language: LanguageConfig, traits: Traits) -> dict[str, Any]:
         "routed_scaling_factor": 1.0,
         "n_group": 1,
         "topk_group": 1,
+        "scoring_func": "sigmoid",
     }
-    return {**dense, **write_experts(language, traits), "scoring_func": "sigmoid"}
+    return {**dense, **write_experts(language, traits)}

@@ -5,6 +5,7 @@ Checked against vLLM's `models/dots_ocr.py` and `configs/dotsocr.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_vlm.config.schema import ModelConfig
@@ -18,7 +19,7 @@ ARCHITECTURE = "DotsOCRForCausalLM"
 NAMES = NameMap((*qwen2.NAMES.rows, *ROWS), qwen2.NAMES.copies)
 
 
-def read_config(fields: Fields, preprocessor: dict[str, Any] | None) -> dict[str, Any]:
+def read_config(fields: Fields, pictures: Sequence[Fields]) -> dict[str, Any]:
     """Our sections from a config.json's fields.
 
     Raises:
@@ -26,7 +27,7 @@ def read_config(fields: Fields, preprocessor: dict[str, Any] | None) -> dict[str
     """
     language = qwen2.read_config(fields)
     width = language["hidden_size"]
-    return {"language": language, **read_vision(fields, width, preprocessor, own=False)}
+    return {"language": language, **read_vision(fields, width, pictures, own=False)}
 
 
 def write_config(model: ModelConfig) -> dict[str, Any]:

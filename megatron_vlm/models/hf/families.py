@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,8 +25,8 @@ class Family:
     architecture: str
     """The class."""
     names: NameMap
-    read: Callable[[Fields, dict[str, Any] | None], dict[str, Any]]
-    """Our model's sections from config.json and, of encoders, preprocessor_config.json."""
+    read: Callable[[Fields, Sequence[Fields]], dict[str, Any]]
+    """Our model's sections from config.json and, of encoders, the settings of pictures."""
     write: Callable[[ModelConfig], dict[str, Any]]
     """config.json's fields from our model; refuses a trait that the class lacks."""
     sees: bool
@@ -38,7 +38,7 @@ class Family:
 def _language_only(module: Any, model_type: str) -> Family:
     """A family without pictures, from its file."""
 
-    def read(fields: Fields, _: dict[str, Any] | None) -> dict[str, Any]:
+    def read(fields: Fields, _: Sequence[Fields]) -> dict[str, Any]:
         return {"language": module.read_config(fields)}
 
     def write(model: ModelConfig) -> dict[str, Any]:
@@ -113,16 +113,21 @@ def family_of(config: dict[str, Any], name: str) -> Family:
 
 
 def read_model(
-    config: dict[str, Any], name: str, preprocessor: dict[str, Any] | None = None
+    config: dict[str, Any], name: str, pictures: Sequence[Fields] = ()
 ) -> tuple[Family, ModelConfig]:
     """The family and our configuration of the model that a config.json describes.
+
+    Args:
+        config: its content.
+        name: what errors call the file.
+        pictures: settings of an image processor; those of several files must agree.
 
     Raises:
         ConversionError: it is of no known family, or has a field that our model does not build.
     """
     family = family_of(config, name)
     fields = Fields(config, name)
-    sections = family.read(fields, preprocessor)
+    sections = family.read(fields, pictures)
     fields.done()
     try:
         return family, ModelConfig.model_validate({"name": family.model_type, **sections})

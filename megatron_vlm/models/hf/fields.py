@@ -7,6 +7,7 @@ these is refused by name, since it may well change what the model computes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,7 +68,14 @@ class Fields:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.refusal(name, value, "a number")
-        return float(value)
+        try:
+            found = float(value)
+        except OverflowError:
+            # JSON's whole numbers have no end.
+            found = math.inf
+        if not math.isfinite(found):
+            raise self.refusal(name, value, "a number that a float holds")
+        return found
 
     def flag(self, name: str, default: Any = _MISSING) -> bool:
         """True or false."""
@@ -131,6 +139,8 @@ class Traits:
 def read_attention(fields: Fields) -> dict[str, Any]:
     """Heads and their groups, for attention that is not compressed."""
     heads = fields.integer("num_attention_heads")
+    if heads < 1:
+        raise fields.refusal("num_attention_heads", heads, "1 or more")
     hidden = fields.integer("hidden_size")
     groups = fields.integer("num_key_value_heads", None)
     head = fields.integer("head_dim", None)
@@ -186,7 +196,9 @@ def read_full_attention(fields: Fields, layers: int, used: bool, first_default: 
     window = fields.take("sliding_window", 4096)
     first = fields.integer("max_window_layers", first_default)
     if kinds is not None:
-        if kinds != ["full_attention"] * layers:
+        # By its length first: a list of as many layers as a bad file claims may not fit anywhere.
+        full = isinstance(kinds, list) and len(kinds) == layers
+        if not full or set(map(str, kinds)) != {"full_attention"}:
             raise fields.refusal("layer_types", kinds, f'"full_attention" {layers} times')
     elif used and window is not None and first < layers:
         raise fields.refusal(
@@ -277,10 +289,10 @@ def read_experts(fields: Fields, layers: int, required: bool) -> dict[str, Any]:
     dense = fields.integer("first_k_dense_replace", default(0))
     normalised = fields.flag("norm_topk_prob", default(False))
     scale = fields.number("routed_scaling_factor", default(1.0))
-    groups = fields.integer("n_group", default(1))
-    of = fields.integer("topk_group", default(1))
+    groups = fields.integer("n_group", default(None))
+    of = fields.integer("topk_group", default(None))
     fields.expect("moe_layer_freq", 1)
-    # dots.llm1 writes the name of its choice of experts here; its scores are sigmoids too.
+    # Early dots.llm1 files have the name of its choice of experts here; its scores are sigmoids.
     fields.expect("scoring_func", "sigmoid", "noaux_tc")
     fields.expect("topk_method", "noaux_tc")
     if experts is None or dense >= layers:
@@ -304,8 +316,11 @@ def read_experts(fields: Fields, layers: int, required: bool) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": scale,
         "first_k_dense_replace": dense,
     }
+    for name, value in (("n_group", groups), ("topk_group", of)):
+        if value is not None and value < 1:
+            raise fields.refusal(name, value, "1 or more")
     # Within one group there is nothing to choose.
-    if groups > 1:
+    if groups is not None and groups > 1:
         found |= {"moe_router_num_groups": groups, "moe_router_group_topk": of}
     return found
 
@@ -332,6 +347,8 @@ def write_experts(language: LanguageConfig, traits: Traits) -> dict[str, Any]:
         "topk_group": language.moe_router_group_topk or 1,
         "moe_layer_freq": 1,
         "topk_method": "noaux_tc",
+        # vLLM reads it of dots.llm1 too, and knows no "noaux_tc".
+        "scoring_func": "sigmoid",
     }
 
 

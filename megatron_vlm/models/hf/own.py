@@ -7,6 +7,7 @@ are in `release/hub`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_vlm.config.schema import LanguageConfig, ModelConfig
@@ -36,9 +37,7 @@ NAMES = {
 """The table of each decoder with its encoder."""
 
 
-def read_config(
-    decoder: str, fields: Fields, preprocessor: dict[str, Any] | None
-) -> dict[str, Any]:
+def read_config(decoder: str, fields: Fields, pictures: Sequence[Fields]) -> dict[str, Any]:
     """Our sections from a config.json's fields.
 
     Raises:
@@ -52,7 +51,7 @@ def read_config(
     }
     language = readers[decoder](fields)
     width = language["hidden_size"]
-    return {"language": language, **read_vision(fields, width, preprocessor, own=True)}
+    return {"language": language, **read_vision(fields, width, pictures, own=True)}
 
 
 def write_config(decoder: str, model: ModelConfig) -> dict[str, Any]:

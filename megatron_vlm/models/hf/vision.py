@@ -6,6 +6,8 @@ are written only where they depart from it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_vlm.config.schema import ModelConfig
@@ -63,15 +65,15 @@ MERGER_EPSILON = 1e-6
 
 
 def read_vision(
-    fields: Fields, language_hidden_size: int, preprocessor: dict[str, Any] | None, own: bool
+    fields: Fields, language_hidden_size: int, pictures: Sequence[Fields], own: bool
 ) -> dict[str, Any]:
     """Our `vision` and `adapter` from a config.json's `vision_config`.
 
     Args:
         fields: the whole configuration.
         language_hidden_size: the decoder's width, which the merger must end at.
-        preprocessor: preprocessor_config.json, for the pictures' sizes and colours; null: our own
-            defaults, which are dots.ocr's.
+        pictures: settings of an image processor, for the pictures' sizes and colours; none: our
+            own defaults, which are dots.ocr's.
         own: whether the class is one of ours, which has fields that the released ones lack.
 
     Raises:
@@ -120,27 +122,75 @@ def read_vision(
         adapter |= {"layernorm_epsilon": MERGER_EPSILON}
         vision |= {"rotary_base": ROTARY_BASE}
     inner.done()
-    if preprocessor is not None:
-        vision |= _read_preprocessor(preprocessor, vision)
+    vision |= _read_pictures(pictures, vision)
     # Whose ids they are is the tokenizer's matter.
     neutral(fields, ("image_token_id", "video_token_id", "mm_only", "language_only"))
     return {"vision": vision, "adapter": adapter}
 
 
-def _read_preprocessor(values: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
-    name = "preprocessor_config.json"
+def _read_pictures(pictures: Sequence[Fields], vision: dict[str, Any]) -> dict[str, Any]:
+    """Our fields from every file that has settings of pictures; they must agree."""
+    found: dict[str, Any] = {}
+    for fields in pictures:
+        for name, value in _read_processor(fields, vision).items():
+            if found.setdefault(name, value) != value:
+                raise fields.refusal(name, value, f"{found[name]}, as {pictures[0].name} says")
+    return found
+
+
+def _read_processor(fields: Fields, vision: dict[str, Any]) -> dict[str, Any]:
+    """Of one file: Qwen2-VL's image processor, as any version of transformers saves it, or ours."""
     for theirs, ours, expected in (
         ("patch_size", "patch_size", vision["patch_size"]),
         ("merge_size", "spatial_merge_size", vision["spatial_merge_size"]),
         ("temporal_patch_size", "temporal_patch_size", 1),
     ):
-        if values.get(theirs, expected) != expected:
-            raise ConversionError(
-                f"{name}: {theirs} is {values[theirs]}; expected {expected}, the {ours} of "
-                "config.json's vision_config"
-            )
-    names = ("min_pixels", "max_pixels", "image_mean", "image_std")
-    return {field: values[field] for field in names if values.get(field) is not None}
+        value = fields.integer(theirs, expected)
+        if value != expected:
+            raise fields.refusal(theirs, value, f"{expected}, the {ours} of vision_config")
+    for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        fields.expect(step, True, None)
+    for step in ("do_center_crop", "do_pad"):
+        fields.expect(step, False, None)
+    # Bicubic, by Pillow's number.
+    fields.expect("resample", 3, None)
+    factor = fields.number("rescale_factor", None)
+    if factor is not None and not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise fields.refusal("rescale_factor", factor, "1/255")
+    # Names of classes, how tensors are handed over, and sizes of steps that are refused above.
+    neutral(
+        fields,
+        "crop_size data_format default_to_square device disable_grouping feature_extractor_type "
+        "image_processor_type input_data_format pad_size processor_class return_tensors".split(),
+    )
+    found = _read_areas(fields)
+    for name in ("image_mean", "image_std"):
+        value = fields.take(name, None)
+        if value is None:
+            continue
+        numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
+        if not numbers or len(value) != vision["in_channels"]:
+            raise fields.refusal(name, value, f"{vision['in_channels']} numbers")
+        found[name] = tuple(value)
+    fields.done()
+    return found
+
+
+def _read_areas(fields: Fields) -> dict[str, Any]:
+    """Least and most pixels: fields of their own or, since transformers 5, edges of `size`."""
+    areas = {name: fields.integer(name, None) for name in ("min_pixels", "max_pixels")}
+    if fields.take("size", None) is not None:
+        size = fields.section("size")
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            for spelled in (name, edge):
+                value = size.integer(spelled, None)
+                if value is None:
+                    continue
+                if areas[name] not in (None, value):
+                    raise size.refusal(spelled, value, f"{areas[name]}, as {name} says")
+                areas[name] = value
+        size.done()
+    return {name: value for name, value in areas.items() if value is not None}
 
 
 def write_vision(model: ModelConfig) -> dict[str, Any]:
@@ -195,12 +245,3 @@ def check_released(model: ModelConfig, architecture: str) -> None:
     merger.need("merge", "concatenate")
     merger.need("hidden_size", None, adapter.widths(vision)[0])
     merger.need("layernorm_epsilon", MERGER_EPSILON)
-
-
-def has_released_encoder(model: ModelConfig) -> bool:
-    """Whether the encoder is dots.vlm1's and dots.ocr's but for its sizes."""
-    try:
-        check_released(model, "")
-    except ConversionError:
-        return False
-    return True

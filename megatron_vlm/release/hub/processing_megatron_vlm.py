@@ -131,7 +131,7 @@ def open_picture(source) -> Image.Image:
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         with urlopen(source, timeout=DOWNLOAD_SECONDS) as answer:
             source = answer.read()
-    elif isinstance(source, str) and not Path(source[:4096]).is_file():
+    elif isinstance(source, str) and not _is_file(source):
         try:
             source = b64decode(source, validate=True)
         except ValueError as error:
@@ -142,6 +142,14 @@ def open_picture(source) -> Image.Image:
         f"a picture as {type(source).__name__}: expected a Pillow image, a uint8 array "
         "[height, width, 3], a path, an address, bytes or base64"
     )
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:
+        # Longer than a name may be, as base64 is.
+        return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
