@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest
 # Files side by side: their tests share fixtures, and ranks wait for each other half of the time.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
-PARALLEL := --numprocesses $(WORKERS) --dist loadfile
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all lint format clean
 

@@ -70,7 +70,9 @@ def _plain(
     probs, choices, scores_of = [], [], []
     for token in tokens[:, 0]:
         scores = [1 / (1 + torch.exp(-(weight[e] * token).sum())) for e in range(EXPERTS)]
-        ranked = sorted(range(EXPERTS), key=lambda e: float(scores[e]) + bias[e], reverse=True)
+        ranked = sorted(
+            range(EXPERTS), key=lambda e: float(scores[e].detach()) + bias[e], reverse=True
+        )
         chosen = ranked[:top_k]
         total = sum(scores[e] for e in chosen) if top_k > 1 else 1.0
         zero = scores[0] * 0

@@ -52,7 +52,7 @@ def _compare(device: str, dtype: torch.dtype, counts: list[int]) -> None:
             assert mine is not None and not mine.numel(), "tokens that do not exist"
             continue
         assert mine is not None
-        scale = exact.abs().max().clamp(min=1.0) if exact.numel() else 1.0
+        scale = exact.detach().abs().max().clamp(min=1.0) if exact.numel() else 1.0
         error = (mine.detach().double().cpu() - exact.detach()).abs()
         assert error.numel() == 0 or float((error / scale).max()) < TOLERANCE[dtype]
     for expert, count in enumerate(counts):
