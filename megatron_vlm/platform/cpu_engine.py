@@ -285,13 +285,16 @@ def _substitute_collectives() -> None:
         return work
 
     dist.all_gather = all_gather
+    _substitute_gloo(dist.distributed_c10d)
 
-    group = dist.distributed_c10d.ProcessGroupGloo
+
+def _substitute_gloo(c10d: Any) -> None:
+    group = c10d.ProcessGroupGloo
     start = group.__init__
 
     @functools.wraps(start)
     def start_with_one_thread(
-        self: Any, store: Any, rank: int, size: int, timeout: timedelta
+        self: Any, store: Any, rank: int, size: int, timeout: timedelta = c10d.default_pg_timeout
     ) -> None:
         # As torch chooses them.
         interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
