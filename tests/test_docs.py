@@ -177,7 +177,9 @@ def test_commands_in_blocks_parse(path: Path) -> None:
             if words[:1] == ["mvlm"]:
                 args = _parse(parser_of(words[1]), words[2:])
                 if hasattr(args, "recipe"):
-                    load_recipe(args.recipe, args.overrides)
+                    # What an import writes is not here.
+                    there = [word for word in args.overrides if not word.endswith("/model.yaml")]
+                    load_recipe(args.recipe, there)
 
 
 @pytest.mark.unit

@@ -307,10 +307,23 @@ def _check_model(path: Path, state: dict[str, Any], config: RunConfig) -> None:
         difference = _first_difference(saved.get(name), wanted.get(name), name)
         if difference is not None:
             field, theirs, ours = difference
+            advice = "use the model it was trained with, or another checkpoint"
+            if (path / folder.MODEL).is_file():
+                advice = f"give its own, model={path / folder.MODEL}, or another checkpoint"
+            if (field, theirs) == ("vision", None):
+                # Told of the way that does not exist, not only of the one that does.
+                advice = f"an encoder cannot be added to a checkpoint without one: {advice}"
             raise CheckpointError(
-                f"{path} is of another model: model.{field} is {theirs} there and {ours} here; "
-                "use the model it was trained with, or another checkpoint"
+                f"{path} is of another model: model.{field} is {_shown(theirs)} there and "
+                f"{_shown(ours)} here; {advice}"
             )
+
+
+def _shown(value: Any) -> str:
+    """A value as one says it: of a section, only whether there is one."""
+    if isinstance(value, dict):
+        return "given"
+    return "null" if value is None else str(value)
 
 
 def _meaning(path: Path, saved: dict[str, Any]) -> dict[str, Any]:

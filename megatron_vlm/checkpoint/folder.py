@@ -27,6 +27,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer.json"
+MODEL = "model.yaml"
+"""Of an imported checkpoint alone: its model, for `model=FILE`."""
 FORMAT_VERSION = 1
 STATE_PARTS = {"progress": dict, "model": dict, "precision": str, "data": dict, "frozen": list}
 """What `state.json` must hold to be loaded from, and of what kind."""
@@ -66,6 +68,11 @@ def find_checkpoint(path: Path) -> Path:
             return root / checkpoint_name(_latest(root, iterations))
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path}: no such folder; expected a run or a checkpoint")
+    if _is_hugging_face(path):
+        raise CheckpointError(
+            f"checkpoint {path}: is a Hugging Face folder; expected a run or a checkpoint: "
+            f"make one of it first with mvlm import {path} CHECKPOINT"
+        )
     hidden = sorted(
         found for root in (path, path / "checkpoints") for found in root.glob(".replaced-iter_*")
     )
@@ -73,6 +80,14 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(
         f"checkpoint {path}: holds no whole checkpoint (a folder iter_... with {MANIFEST}){hint}"
     )
+
+
+def _is_hugging_face(path: Path) -> bool:
+    try:
+        found = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not found.keys().isdisjoint(("model_type", "architectures"))
 
 
 def _latest(root: Path, iterations: list[int]) -> int:

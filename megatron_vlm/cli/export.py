@@ -75,5 +75,7 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if size < 1:
-        raise ConfigError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
+        raise ConfigError(
+            f"--max-shard-size {text}: expected a size with its unit, such as 5GB or 500MB"
+        )
     return size

@@ -7,9 +7,9 @@ from pathlib import Path
 
 HELP = """Train on this machine: one process for each device, started and ended together.
 
-The recipe, the layout and the data sets are checked before anything starts. Ctrl-C or SIGTERM
-saves a checkpoint and leaves; a second Ctrl-C kills. The output of ranks above 0 goes to
-run_dir/logs/rank_NNNNN.out.
+The recipe, the layout and the data sets are checked before anything starts; that a checkpoint to
+be loaded fits them, by the processes. Ctrl-C or SIGTERM saves a checkpoint and leaves; a second
+Ctrl-C kills. The output of ranks above 0 goes to run_dir/logs/rank_NNNNN.out.
 
 example:
   mvlm launch demo --nproc 2 data.train=datasets/train run_dir=runs/first

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from megatron_vlm import __version__
 from megatron_vlm.errors import UserError
@@ -40,6 +41,37 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 """As shells report a process that ended on SIGINT."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line; nested parsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with that line, and with the nearest option to one that there is not."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            for word in unknown.split():
+                near = difflib.get_close_matches(word.partition("=")[0], _options(self), n=1)
+                if word.startswith("-") and near:
+                    message += f"; did you mean {near[0]}?"
+                    break
+        said = " ".join(message.split())
+        self.exit(
+            EXIT_USER_ERROR,
+            f"{self.prog}: error: {said}{'' if said.endswith('?') else ';'} see {self.prog} "
+            "--help\n",
+        )
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """Options of a parser and of those that nest in it."""
+    found: list[str] = []
+    for action in parser._actions:
+        found += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for nested in action.choices.values():
+                found += _options(nested)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +132,7 @@ def subcommand_module(command: str) -> ModuleType:
 
 
 def _subcommand_parser(command: str, module: ModuleType) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"mvlm {command}",
         description=module.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -126,7 +158,7 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mvlm",
         usage="mvlm [-h] [--version] [--debug] COMMAND ...",
         description="Train vision-language mixture-of-experts models.",

@@ -134,7 +134,7 @@ class _Work:
         checkpoint: Path,
         dtype: torch.dtype | None,
     ) -> None:
-        self._stored, self._dtype = stored, dtype
+        self._stored, self._checkpoint, self._dtype = stored, checkpoint, dtype
         _compare(translation, stored, checkpoint)
         # Where each of ours is read: of half precision, the optimizer has the finer weights.
         main = dtype is torch.float32
@@ -177,7 +177,11 @@ class _Work:
             part = torch.empty(min(step, run.size - start), dtype=dtype)
             self._stored.read(key, run.our_start + start, part)
             part = part.to(tensor.dtype)
-            check_finite(part, f"{key} ({tensor.name})")
+            check_finite(
+                part,
+                f"{self._checkpoint}: {key} ({tensor.name})",
+                "the checkpoint is damaged, use another",
+            )
             yield part
 
 

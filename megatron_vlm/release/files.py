@@ -23,9 +23,6 @@ from megatron_vlm.release.safetensors_reader import read_json
 KEPT_FOLDER = "huggingface"
 """Folder of an imported checkpoint for files that an export gives back as they were."""
 
-MODEL_FILE = "model.yaml"
-"""File of an imported checkpoint with its model alone: `mvlm train RECIPE model=FILE`."""
-
 _KEPT = (
     "config.json",
     "generation_config.json",

@@ -22,9 +22,11 @@ from megatron_vlm.checkpoint import folder
 from megatron_vlm.checkpoint.checkpointer import Progress
 from megatron_vlm.checkpoint.streamed import FILE_BYTES, Box, StreamedCheckpoint, boxes
 from megatron_vlm.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml
+from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.families import Family, read_model
 from megatron_vlm.models.hf.names import Run, Translation, translate
-from megatron_vlm.release.files import KEPT_FOLDER, MODEL_FILE, kept_files, picture_settings
+from megatron_vlm.release.collection import FILE as COLLECTION
+from megatron_vlm.release.files import KEPT_FOLDER, kept_files, picture_settings
 from megatron_vlm.release.placing import disk_errors
 from megatron_vlm.release.progress import Meter
 from megatron_vlm.release.safetensors_reader import SafetensorsFolder, read_errors, read_json
@@ -75,6 +77,8 @@ def import_folder(
             a number that is not finite, or the target is not to be written; nothing is left then.
     """
     config_file = source / "config.json"
+    with read_errors(source):
+        _refuse_ours(source)
     config = read_json(config_file)
     with read_errors(source):
         kept = kept_files(source)
@@ -109,6 +113,23 @@ def import_folder(
         sum(math.prod(shape) for shape in translation.ours.values()),
         total,
     )
+
+
+def _refuse_ours(source: Path) -> None:
+    """Say what a folder of ours is that is named in place of a Hugging Face folder."""
+    if (source / "config.json").exists() or not source.is_dir():
+        return
+    roots = (source, source / "checkpoints")
+    if (source / folder.MANIFEST).is_file() or any(map(folder.list_iterations, roots)):
+        raise ConversionError(
+            f"{source}: is a checkpoint or a run of megatron-vlm already; expected a Hugging Face "
+            f"folder: train from it with checkpoint.load={source}, or make such a folder of it "
+            f"with mvlm export {source} HF_DIR"
+        )
+    if (source / COLLECTION).is_file():
+        below = sorted(path.parent for path in source.glob("*/config.json"))
+        named = f", for example {below[0]}" if below else ""
+        raise ConversionError(f"{source}: is a folder of releases; name one of those in it{named}")
 
 
 @dataclass(frozen=True)
@@ -152,7 +173,7 @@ def _parts(item: _Item, weights: Source, most: int) -> Iterator[tuple[Box, torch
             high = min(end, run.our_start + run.size)
             out = flat[low - place : high - place]
             weights.read(run.theirs, run.their_start + low - run.our_start, out)
-            check_finite(out, run.theirs)
+            check_finite(out, weights.place(run.theirs), "the model is damaged, take another copy")
             if run.our_start + run.size > end:
                 break
             number += 1
@@ -193,7 +214,7 @@ def _files(kept: dict[str, bytes], model: ModelConfig, work: list[_Item]) -> dic
     )
     files = {
         "config.yaml": dump_yaml(RunConfig(model=model, training=training)).encode(),
-        MODEL_FILE: dump_yaml(model).encode(),
+        folder.MODEL: dump_yaml(model).encode(),
     }
     for name, content in kept.items():
         files[folder.TOKENIZER if name == folder.TOKENIZER else f"{KEPT_FOLDER}/{name}"] = content

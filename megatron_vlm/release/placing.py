@@ -7,6 +7,7 @@ X                   whole
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -20,18 +21,27 @@ from megatron_vlm.errors import ConversionError
 
 
 @contextmanager
-def disk_errors(
-    target: Path, advice: str = "make room or name another folder; nothing was left behind"
-) -> Iterator[None]:
-    """Turn what a disk refuses into one line about the target."""
+def disk_errors(target: Path, advice: str | None = None) -> Iterator[None]:
+    """Turn what a disk refuses into one line about the target.
+
+    Args:
+        target: what is written.
+        advice: what to do; null: what suits the error.
+    """
     try:
         yield
     except OSError as error:
-        place = next(path for path in (target, *target.absolute().parents) if os.path.exists(path))
-        free = shutil.disk_usage(place).free // 2**20
+        reason, way = error.strerror or str(error), "name another folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            places = (target, *target.absolute().parents)
+            place = next(path for path in places if os.path.exists(path))
+            free = shutil.disk_usage(place).free // 2**20
+            reason, way = f"{reason}; {free} MiB are free there", f"make room or {way}"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            way = "name a folder below one that this user may write to"
         raise ConversionError(
-            f"{target}: could not be written ({error.strerror or error}; {free} MiB are free "
-            f"there); {advice}"
+            f"{target}: could not be written ({reason}); "
+            f"{advice or f'{way}; nothing was left behind'}"
         ) from error
 
 

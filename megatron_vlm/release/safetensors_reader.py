@@ -146,14 +146,17 @@ def read_json(path: Path) -> dict[str, Any]:
         ConversionError: it is missing or holds something else.
     """
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ConversionError(f"{path}: has more than {_MOST_JSON_BYTES} bytes; not opened")
-        found = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
-    except FileNotFoundError:
-        raise ConversionError(
-            f"{path}: missing; expected a folder that transformers can load"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
+        with read_errors(path):
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                raise ConversionError(
+                    f"{path}: missing; expected a folder that transformers can load"
+                ) from None
+            if size > _MOST_JSON_BYTES:
+                raise ConversionError(f"{path}: has more than {_MOST_JSON_BYTES} bytes; not opened")
+            found = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: cannot be read ({error}); download it again") from None
     if not isinstance(found, dict):
         raise ConversionError(f"{path}: holds a {type(found).__name__}; expected an object")
@@ -179,6 +182,12 @@ def _listed_files(path: Path) -> dict[str, str]:
             return {"": SINGLE}
         pickled = sorted(path.glob("pytorch_model*.bin"))
         hint = f"; {pickled[0].name} is a pickle, which is never opened" if pickled else ""
+        parts = sorted(path.glob("*.safetensors"))
+        if parts:
+            raise ConversionError(
+                f"{path}: has weights ({parts[0].name}; {len(parts)} safetensors in all), but no "
+                f"{INDEX}, which says what lies in which; download that file too"
+            )
         raise ConversionError(f"{path}: has neither {INDEX} nor {SINGLE}{hint}")
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:

@@ -81,6 +81,10 @@ class Source:
         """What a tensor is kept in; of float8, what it is multiplied out to."""
         return float8 if name in self._scaled.names else DTYPES[self._folder.entries[name].dtype]
 
+    def place(self, name: str) -> str:
+        """What errors call a tensor: its file and its name."""
+        return f"{self._folder.path / self._folder.entries[name].file}: {name}"
+
     def our_dtype(self, key: str, sources: list[str], dtype: torch.dtype | None) -> torch.dtype:
         """The dtype that one of our tensors gets.
 

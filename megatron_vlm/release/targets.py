@@ -119,7 +119,7 @@ def new_release(target: Path, overwrite: bool) -> Iterator[ReleaseFolder]:
 def _check_release(target: Path, overwrite: bool) -> bool:
     """Whether there is a release to be replaced."""
     if target.exists() and not target.is_dir():
-        raise ConversionError(f"{target}: is a file; name a folder to write the release into")
+        raise ConversionError(f"{target}: is a file; name a folder to write the export into")
     if not target.is_dir() or not any(target.iterdir()):
         return False
     try:
@@ -137,6 +137,6 @@ def _check_release(target: Path, overwrite: bool) -> bool:
         )
     if not overwrite:
         raise ConversionError(
-            f"{target}: holds a release already; name a new folder, or replace it with --overwrite"
+            f"{target}: holds an export already; name a new folder, or replace it with --overwrite"
         )
     return True

@@ -11,11 +11,11 @@ import torch
 from megatron_vlm.errors import ConversionError
 
 
-def check_finite(values: torch.Tensor, name: str) -> None:
+def check_finite(values: torch.Tensor, name: str, advice: str) -> None:
     """Refuse a tensor with a NaN or an infinity.
 
     Raises:
-        ConversionError: it has one; `name` is what it is called.
+        ConversionError: it has one; `name` is what it is called, `advice` what to do.
     """
     if not values.numel():
         return
@@ -23,7 +23,7 @@ def check_finite(values: torch.Tensor, name: str) -> None:
     least, greatest = (bound.item() for bound in torch.aminmax(values))
     if not (math.isfinite(least) and math.isfinite(greatest)):
         bad = "NaN" if math.isnan(greatest) else "an infinity"
-        raise ConversionError(f"{name} holds {bad}; nothing was written")
+        raise ConversionError(f"{name} holds {bad}; {advice}; nothing was written")
 
 
 @contextmanager

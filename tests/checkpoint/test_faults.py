@@ -95,6 +95,25 @@ def test_another_model_is_refused(trained: Path, nano_data: Path, tmp_path: Path
         train_case(recipe(nano_data, tmp_path / "other", *words), 1, timeout=60)
 
 
+@pytest.mark.unit
+@pytest.mark.parametrize("imported", [False, True])
+def test_another_model_is_told_in_a_line_that_names_the_way_out(
+    imported: bool, nano_data: Path, tmp_path: Path
+) -> None:
+    from megatron_vlm.checkpoint.checkpointer import _check_model
+
+    config = recipe(nano_data, tmp_path / "other", FP32)
+    state = {"model": config.model.model_dump(mode="json") | {"vision": None}}
+    if imported:
+        (tmp_path / "model.yaml").write_text("")
+    with pytest.raises(CheckpointError) as caught:
+        _check_model(tmp_path, state, config)
+    said = str(caught.value)
+    assert "model.vision is null there and given here; an encoder cannot be added" in said
+    assert (f"model={tmp_path / 'model.yaml'}" in said) is imported
+    assert "num_layers" not in said
+
+
 @pytest.mark.distributed
 def test_another_precision_is_refused_with_its_state(trained: Path, nano_data: Path) -> None:
     with pytest.raises(RankFailed, match=r"trained in training\.precision fp32"):

@@ -165,6 +165,26 @@ def test_wrong_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.startswith("usage: mvlm")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("export", "a", "b", "--overwite"), "arguments: --overwite; did you mean --overwrite?"),
+        (("export", "a", "b", "--dtpye=keep"), "did you mean --dtype?"),
+        (("export", "a", "b", "c"), "mvlm export: error: unrecognized arguments: c;"),
+        (("export", "a", "b", "--dtype", "half"), "argument --dtype: invalid choice: 'half'"),
+        (("export", "a"), "mvlm export: error: the following arguments are required: HF_DIR;"),
+        (("data", "build", "a", "b", "--tokeniser", "c"), "did you mean --tokenizer?"),
+        (("data", "build"), "mvlm data build: error: the following arguments are required"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_of(*words) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and err.endswith(" --help\n"), err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_of("--version") == 0
     assert capsys.readouterr().out.strip() == f"mvlm {__version__}"

@@ -141,6 +141,21 @@ def test_a_full_disk(which: str, place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not _left(place)
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, r"No space left on device; \d+ MiB are free there\); make room or name"),
+        (errno.EACCES, r"Permission denied\); name a folder below one that this user may write"),
+        (errno.ENOENT, r"No such file or directory\); name another folder; nothing"),
+    ],
+)
+def test_advice_suits_what_the_disk_said(number: int, said: str, tmp_path: Path) -> None:
+    from megatron_vlm.release.placing import disk_errors
+
+    with pytest.raises(ConversionError, match=said), disk_errors(tmp_path / "out"):
+        raise OSError(number, os.strerror(number))
+
+
 @pytest.mark.parametrize("which", ["import", "export"])
 def test_a_disk_that_does_not_give_back(
     which: str, place: Path, monkeypatch: pytest.MonkeyPatch

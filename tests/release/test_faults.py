@@ -113,7 +113,10 @@ TENSORS: dict[str, tuple[Callable[[Path], None], str]] = {
         _set(GATE, lambda t: t.to(torch.float8_e5m2)),
         rf"{GATE} is F8_E5M2; expected one of",
     ),
-    "not a number": (_set(GATE, _poke(float("nan"))), rf"{GATE} holds NaN"),
+    "not a number": (
+        _set(GATE, _poke(float("nan"))),
+        rf"theirs/{SINGLE}: {GATE} holds NaN; .*another copy",
+    ),
     "an infinity": (_set("lm_head.weight", _poke(float("inf"))), "lm_head.weight holds an inf"),
     "minus infinity": (
         _set("model.layers.1.mlp.gate.e_score_correction_bias", _poke(float("-inf"))),
@@ -217,6 +220,10 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
         ],
         "pytorch_model.bin is a pickle, which is never opened",
     ),
+    "shards without their index": (
+        lambda f: (f / INDEX).unlink(),
+        rf"model-00001-of-00003.safetensors; 3 safetensors in all.*no {INDEX}.*download that",
+    ),
     "a folder for the weights": (
         lambda f: [*[file.unlink() for file in f.glob("model*")], (f / SINGLE).mkdir()],
         rf"theirs/{SINGLE}: cannot be read \(Is a directory\)",
@@ -236,7 +243,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a folder for a configuration": (
         lambda f: [(f / "config.json").unlink(), (f / "config.json").mkdir()],
-        "config.json: cannot be read",
+        r"config.json: cannot be read \(Is a directory\); expected a file that this user may read",
     ),
 }
 
@@ -247,6 +254,22 @@ def test_bad_files(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     damage, message = FILES[fault]
     damage(tmp_path / "theirs")
     _refused(tmp_path / "theirs", message, capsys)
+
+
+def test_folders_that_are_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_vlm.release.importing import import_folder
+
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    write_folder(theirs, "dots1")
+    import_folder(theirs, run / "checkpoints")
+    for ours in (run, run / "checkpoints", run / "checkpoints" / "iter_0000000"):
+        _refused(ours, f"{ours}: is a checkpoint or a run .* mvlm export {ours} HF_DIR", capsys)
+    released = tmp_path / "releases" / "one"
+    write_folder(released, "dots1")
+    (released.parent / "collection.json").write_text("{}")
+    _refused(released.parent, f"is a folder of releases; .*for example {released}$", capsys)
+    assert main(["export", str(theirs), str(tmp_path / "hf")]) == 2
+    assert f"{theirs}: is a Hugging Face folder; " in capsys.readouterr().err
 
 
 FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -275,7 +298,11 @@ FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"use_sliding_window": True, "max_window_layers": 0},
         "sliding_window is",
     ),
-    "weights not normalised": ("dots1", {"norm_topk_prob": False}, "norm_topk_prob is false"),
+    "weights not normalised": (
+        "dots1",
+        {"norm_topk_prob": False},
+        "norm_topk_prob is false; expected true: .*by their sum",
+    ),
     "biases": ("dots1", {"attention_bias": True}, "attention_bias is true; expected false"),
     "no biases": ("dots_ocr", {"attention_bias": False}, "attention_bias is false"),
     "another activation": (
@@ -433,7 +460,7 @@ def test_targets_that_are_not_ours(tmp_path: Path) -> None:
     export_checkpoint(ours, release)
     with pytest.raises(ConversionError, match="imported checkpoint already.*--overwrite"):
         import_folder(theirs, ours)
-    with pytest.raises(ConversionError, match="release already.*--overwrite"):
+    with pytest.raises(ConversionError, match="export already.*--overwrite"):
         export_checkpoint(ours, release)
     import_folder(theirs, ours, overwrite=True)
     export_checkpoint(ours, release, overwrite=True, dtype="float32")

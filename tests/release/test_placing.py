@@ -213,7 +213,7 @@ def test_an_export_goes_on_after_a_kill_between_two_renames(made: str, place: Pa
     elif made == "a new one":
         _export(place, "new", dtype="float32")
         os.rename(place / "new", place / "hf")
-    with pytest.raises(ConversionError, match="holds a release already"):
+    with pytest.raises(ConversionError, match="holds an export already"):
         _export(place)
     same = read_tensors(place / "hf").keys() == read_tensors(place / "theirs").keys()
     assert same and not _hidden(place)

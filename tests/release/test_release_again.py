@@ -357,7 +357,7 @@ def test_the_state_is_of_the_release(three: Path) -> None:
         (["--iterations", "2,5"], "--iterations 5: "),
         (["--every-tokens", "many"], "--every-tokens many: expected a whole number"),
         (["--every-tokens", "1T"], "no checkpoint has reached that many"),
-        (["--max-shard-size", "5"], "--max-shard-size 5: expected a size"),
+        (["--max-shard-size", "5"], "--max-shard-size 5: expected a size with its unit"),
         (["--name", "a/b"], "--name a/b: expected up to 60 letters"),
         (["--name", ".hidden"], "--name .hidden: expected"),
         (["--licence", "free"], "--licence free: expected an SPDX identifier"),

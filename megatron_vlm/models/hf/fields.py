@@ -306,7 +306,12 @@ def read_experts(fields: Fields, layers: int, required: bool) -> dict[str, Any]:
             raise fields.refusal(name, value, "1 or more")
     # One chosen expert's weight is its score: normalised it would always be 1.
     if normalised is not (chosen > 1):
-        expected = "true" if chosen > 1 else "false with num_experts_per_tok 1"
+        expected = (
+            "true: megatron-vlm divides the chosen experts' scores by their sum, as the released "
+            "models do; correct it if these weights were trained so, else they cannot be imported"
+            if chosen > 1
+            else "false with num_experts_per_tok 1, where the weight is the score itself"
+        )
         raise fields.refusal("norm_topk_prob", normalised, expected)
     found = {
         "num_moe_experts": experts,
