@@ -141,7 +141,7 @@ def push_target(text: str) -> PushTarget:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ConfigError(
             f"--push {text}: huggingface_hub is not installed; install the extra `release` "
-            "(pip install 'megatron-vlm[release]'), or push to a folder (file:///path)"
+            "(pip install -e '.[release]' in a clone), or push to a folder (file:///path)"
         )
     from huggingface_hub import get_token
 

@@ -80,7 +80,8 @@ def check_installed() -> None:
         said = "is not installed" if version is None else f"is {version}"
         raise ConfigError(
             f"transformers {said}; verifying a release needs {LEAST_TRANSFORMERS} or newer: "
-            "install the extra `release` (pip install 'megatron-vlm[release]'), or give --no-verify"
+            "install the extra `release` (pip install -e '.[release]' in a clone), or give "
+            "--no-verify"
         )
 
 

@@ -356,7 +356,7 @@ def test_without_transformers(
     assert code == 2 and not out.exists()
     (line,) = capsys.readouterr().err.splitlines()
     said = "is not installed" if version is None else "is 5.9.1"
-    assert f"transformers {said}; " in line and "megatron-vlm[release]" in line
+    assert f"transformers {said}; " in line and "-e '.[release]'" in line
     assert "--no-verify" in line
 
 
