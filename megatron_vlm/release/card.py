@@ -17,6 +17,10 @@ STATE_FILE = "training_state.json"
 SUMS_FILE = "SHA256SUMS"
 CHECKPOINT_FOLDER = "checkpoint"
 
+AS_TRAINED = "as trained"
+"""Of weights that are in the files as the trainer computed with them."""
+LEAST_TRANSFORMERS = "5.10"
+
 _UNKNOWN = "not known"
 
 
@@ -26,7 +30,7 @@ def model_card(facts: dict[str, Any]) -> str:
     parts = [
         _header(facts, sees),
         f"# {facts['release']}\n\n{_opening(facts, sees)}",
-        _point(facts),
+        _point(facts, sees),
         _losses(facts),
         _data(facts),
         _model(facts, sees),
@@ -72,7 +76,7 @@ def _opening(facts: dict[str, Any], sees: bool) -> str:
     text = (
         f"An intermediate checkpoint of the {kind} {_text(facts['name'])}, after "
         f"**{count_in_words(tokens)} tokens** ({tokens:,} exactly), iteration "
-        f"{facts['iteration']:,} of {facts['train_iters']:,} planned."
+        f"{facts['iteration']:,} of {facts['train_iters']:,} planned{_counted(facts)}."
     )
     if facts["base_model"]:
         text += f" Base model: {_text(facts['base_model'])}."
@@ -80,10 +84,15 @@ def _opening(facts: dict[str, Any], sees: bool) -> str:
         kept = "with" if facts["started_with_optimizer"] else "without"
         text += f" The run started from {_text(facts['started_from'])}, {kept} its optimizer."
     ahead = bool(facts["model"]["language"]["mtp_num_layers"])
-    return f"{text}\n\n{_verified(facts['verification'], ahead)}"
+    return f"{text}\n\n{_verified(facts['verification'], facts['export'], ahead)}"
 
 
-def _verified(verification: dict[str, Any] | None, ahead: bool) -> str:
+def _counted(facts: dict[str, Any]) -> str:
+    """Whose tokens and steps are counted, where the weights have seen more than those."""
+    return " in this run" * bool(facts["started_from"] and not facts["started_with_optimizer"])
+
+
+def _verified(verification: dict[str, Any] | None, export: dict[str, Any], ahead: bool) -> str:
     """In words; `ahead`: whether there are layers of multi-token prediction."""
     if verification is None:
         return "**Not verified**: nobody has compared this folder with the checkpoint's own logits."
@@ -91,7 +100,8 @@ def _verified(verification: dict[str, Any] | None, ahead: bool) -> str:
     text = (
         "**Verified**: max relative difference "
         f"{verification['max_relative_difference']:.1e} between the logits of this folder in "
-        f"transformers {verification['transformers']} and those of the trainer, in float32, at "
+        f"transformers {verification['transformers']} and those of the trainer "
+        f"{_with_weights(export)}, computed in float32, at "
         f"{verification['compared']} positions of {verification['prompts']} prompts"
     )
     if verification["pictures"]:
@@ -109,26 +119,46 @@ def _verified(verification: dict[str, Any] | None, ahead: bool) -> str:
     return text
 
 
-def _point(facts: dict[str, Any]) -> str:
+def _with_weights(export: dict[str, Any]) -> str:
+    """With which weights the trainer was compared."""
+    if export["weights"] == AS_TRAINED:
+        return "with the same weights"
+    return f"with these same weights ({export['dtype']}, {export['weights']})"
+
+
+def _point(facts: dict[str, Any], sees: bool) -> str:
     consumed, batch, rate = facts["consumed"], facts["batch"], facts["learning_rate"]
-    mean = batch["tokens_mean"]
+    mean, run = batch["tokens_mean"], _counted(facts)
     rows = {
         "Stage": _text(facts["stage"]) if facts["stage"] else "not named",
-        "Tokens seen": f"{consumed['tokens']:,}",
-        "Documents seen": number(consumed["documents"]),
-        "Packed rows seen": number(consumed["rows"]),
+        f"Tokens seen{run}": f"{consumed['tokens']:,}, without padding"
+        + ", those of pictures included" * sees,
+        f"Documents seen{run}": number(consumed["documents"]) + _passes(facts),
+        f"Packed rows seen{run}": number(consumed["rows"]),
         "Iteration": f"{facts['iteration']:,}",
         "Steps skipped": number(consumed["skipped_iterations"]),
         "Learning rate": f"{rate['value']:.6g} (from {rate['from']})",
         "Schedule": rate["in_words"],
-        "Batch": f"{batch['rows']:,} rows at every step (no ramp), "
+        "Batch": f"{batch['rows']:,} row{'s' * (batch['rows'] != 1)} at every step (no ramp), "
         f"{batch['tokens_at_most']:,} tokens at most"
         + (f", {mean:,.0f} on average" if mean is not None else ""),
-        "Sequence length": f"{batch['seq_length']:,} tokens",
+        "Row length": f"{batch['seq_length']:,} tokens",
         "Objective": _text(facts["objective"]),
         "Frozen parts": ", ".join(facts["frozen"]) or "none",
     }
     return f"## Where training stands\n\n{_table(('', ''), rows.items())}"
+
+
+def _passes(facts: dict[str, Any]) -> str:
+    """How often the training set was seen, where that is known."""
+    seen, samples = facts["consumed"]["documents"], facts["data"]["train"][0]["samples"]
+    return f", {seen / samples:,.2f} times the training set" if seen and samples else ""
+
+
+def told_once(validation: dict[str, Any]) -> dict[str, Any]:
+    """Validation metrics by name without the mean over all sets where there is one set."""
+    sets = [name for name in validation if name.startswith("validation_loss_")]
+    return {k: v for k, v in validation.items() if k != "validation_loss" or len(sets) != 1}
 
 
 def _losses(facts: dict[str, Any]) -> str:
@@ -139,7 +169,7 @@ def _losses(facts: dict[str, Any]) -> str:
     ]
     rows += [
         (_text(name), _loss(entry["value"]), f"{entry['iteration']:,}")
-        for name, entry in losses["validation"].items()
+        for name, entry in told_once(losses["validation"]).items()
     ]
     if not rows:
         why = "metrics.jsonl says nothing of this step"
@@ -155,6 +185,11 @@ def _losses(facts: dict[str, Any]) -> str:
     if rows:
         body += (
             "\n\nIn nats per target token; a load balancing loss is 1 where experts are balanced."
+        )
+    if rows and facts["export"]["weights"] != AS_TRAINED:
+        body += (
+            " Measured in training, with its own weights; those in these files are "
+            f"{facts['export']['dtype']}, {facts['export']['weights']}."
         )
     if curve.FILE in facts["files"]:
         body += f"\n\n![Loss over tokens, this point marked]({curve.FILE})"
@@ -190,9 +225,10 @@ def _model(facts: dict[str, Any], sees: bool) -> str:
         "of these active for a token": f"{counts['decoder_active']:,}",
         "Layers": f"{language['num_layers']}",
         "Width": f"{language['hidden_size']:,}",
-        "Attention heads": f"{language['num_attention_heads']}",
+        "Attention heads": _heads(language),
         "Vocabulary": f"{language['vocab_size']:,}",
-        "Longest sample": f"{language['max_position_embeddings']:,} tokens",
+        "Positions": f"{language['max_position_embeddings']:,} at most; trained here on rows of "
+        f"{facts['batch']['seq_length']:,} tokens",
     }
     if language["num_moe_experts"]:
         shared = language["moe_shared_expert_intermediate_size"]
@@ -211,6 +247,12 @@ def _model(facts: dict[str, Any], sees: bool) -> str:
     return f"## Model\n\n{_table(('', ''), rows.items())}"
 
 
+def _heads(language: dict[str, Any]) -> str:
+    heads = language["num_attention_heads"]
+    groups = language["num_query_groups"] or heads
+    return f"{heads}" + (f", {groups} of keys and values" if groups != heads else "")
+
+
 def _trained_with(facts: dict[str, Any]) -> str:
     settings, layout = facts["optimizer"], facts["layout"]
     rows = {
@@ -220,7 +262,7 @@ def _trained_with(facts: dict[str, Any]) -> str:
         "Precision": _text(facts["precision"] or _UNKNOWN),
         "Seed": str(facts["seed"]),
         "Layout": layout_in_words(layout),
-        "Weights in these files": f"{facts['export']['dtype']}, "
+        "Weights in these files": f"{facts['export']['dtype']}, {facts['export']['weights']}, "
         f"{bytes_in_words(facts['export']['bytes'])}",
         **{f"{name}": _text(version) for name, version in facts["versions"].items()},
     }
@@ -242,27 +284,32 @@ _DIMENSIONS = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp")
 
 
 def _loading(facts: dict[str, Any], sees: bool) -> str:
-    code = _LOAD_VLM if sees else _LOAD_LM
+    code, needs = (_LOAD_VLM, " pillow") if sees else (_LOAD_LM, "")
+    revision = facts["release"].removeprefix(f"{facts['name']}-")
     return (
         "## Loading it with transformers\n\n"
-        f"```python\n{code.format(folder=facts['release'])}```\n\n"
-        "Or with megatron-vlm:\n\n"
-        f"```sh\nmvlm import {facts['release']} checkpoints/{facts['release']}\n```"
+        f"```sh\npip install torch 'transformers>={LEAST_TRANSFORMERS}'{needs}\n```\n\n"
+        f"```python\n{code}```\n\n"
+        f'From the hub, `folder` is `"OWNER/NAME"` of the repository, and each `from_pretrained` '
+        f'takes `revision="{revision}"` too.\n\n'
+        "Or with megatron-vlm, which trained it (a trainer for vision-language "
+        "mixture-of-experts models); `FOLDER` is the folder of this file:\n\n"
+        f"```sh\nmvlm import FOLDER checkpoints/{facts['release']}\n```"
     )
 
 
 _LOAD_VLM = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-folder = "{folder}"
+folder = "."  # the folder of this file
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 content = [
-    {{"type": "image", "path": "picture.png"}},
-    {{"type": "text", "text": "What is shown?"}},
+    {"type": "image", "path": "picture.png"},
+    {"type": "text", "text": "What is shown?"},
 ]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
+    [{"role": "user", "content": content}],
     add_generation_prompt=True,
     tokenize=True,
     return_dict=True,
@@ -275,11 +322,11 @@ print(processor.decode(answer, skip_special_tokens=True))
 _LOAD_LM = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{folder}"
+folder = "."  # the folder of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 inputs = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "What is a checkpoint?"}}],
+    [{"role": "user", "content": "What is a checkpoint?"}],
     add_generation_prompt=True,
     tokenize=True,
     return_dict=True,
@@ -294,7 +341,7 @@ def _continuing(facts: dict[str, Any]) -> str:
     folder, name = facts["release"], shlex.quote(facts["data"]["train"][0]["name"] or "DATASET")
     processes = facts["layout"].get("world_size", 1)
     start = (
-        f"mvlm launch {folder}/{CONFIG_FILE} --nproc {processes} run_dir=runs/continued \\\n"
+        f"mvlm launch FOLDER/{CONFIG_FILE} --nproc {processes} run_dir=runs/continued \\\n"
         f"    data.train={name} data.validation={{}} \\\n"
     )
     rate = f"{facts['learning_rate']['value']:.6g}"
@@ -310,11 +357,12 @@ def _continuing(facts: dict[str, Any]) -> str:
         body = (
             f"`{CHECKPOINT_FOLDER}/` is the whole checkpoint, optimizer and position in the data "
             "included; with the same data training goes on as if it had never stopped, in any "
-            f"layout:\n\n```sh\n{start}    checkpoint.load={folder}/{CHECKPOINT_FOLDER}\n```\n\n"
+            f"layout:\n\n```sh\n{start}    checkpoint.load=FOLDER/{CHECKPOINT_FOLDER}\n```\n\n"
             f"From the weights alone, on other data:\n\n{without}"
         )
     return (
-        f"## Continuing the training\n\n{body}\n\n`{CONFIG_FILE}` holds every setting of the run; "
+        f"## Continuing the training\n\n{body}\n\n`FOLDER` is the folder of this file. "
+        f"`{CONFIG_FILE}` holds every setting of the run; "
         "its paths are cut to their last names, so give your own. Set `training.train_iters` and "
         "the layout (`parallel.`) as you need them."
     )
@@ -327,7 +375,10 @@ def _files(facts: dict[str, Any]) -> str:
         f"`{SUMS_FILE}`": "`sha256sum -c` checks every file",
     }
     if facts["options"]["with_optimizer"]:
-        rows[f"`{CHECKPOINT_FOLDER}/`"] = "the checkpoint with its optimizer"
+        rows[f"`{CHECKPOINT_FOLDER}/`"] = (
+            "the run's own checkpoint with its optimizer, unchanged: its `config.yaml` has the "
+            "paths of the machine it was written on"
+        )
     return f"## Files beside the model's\n\n{_table(('File', 'What it is'), rows.items())}"
 
 

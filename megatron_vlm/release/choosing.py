@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import Any
 from megatron_vlm.checkpoint import folder
 from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.release.words import count_in_words
+
+_IMPORTED = (
+    "was imported, not trained; expected a run's folder; `mvlm export` gives an import back to "
+    "Hugging Face"
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,7 @@ def choose(
         raise CheckpointError(f"{run_dir}: no such folder; expected a run's")
     there = folder.list_iterations(root)
     if not there:
-        raise CheckpointError(
-            f"{root}: holds no whole checkpoint; expected a run's folder above it"
-        )
+        raise CheckpointError(_no_run(run_dir))
     if iterations is not None:
         return Choice([_candidate(root, number) for number in _these(root, there, iterations)])
     newest = int(folder.find_checkpoint(root).name.removeprefix("iter_"))
@@ -66,6 +70,22 @@ def choose(
     # What lies beyond the newest is of a course that the run was set back from.
     found = [_candidate(root, number) for number in there if number <= newest]
     return _multiples(root, found, every_tokens)
+
+
+def _no_run(path: Path) -> str:
+    """What a folder is that has no `checkpoints/` with a whole one."""
+    if (path / folder.MANIFEST).is_file():
+        if "imported" in folder.read_state(path):
+            return f"{path}: {_IMPORTED}"
+        run, number = os.path.normpath(path / ".." / ".."), path.name.removeprefix("iter_")
+        which = f" ({run} --iterations {int(number)})" if number.isdecimal() else ""
+        return f"{path}: is a checkpoint; give its run's folder and --iterations{which}"
+    if folder.list_iterations(path):
+        return f"{path}: holds checkpoints; give the run's folder, which is the one above it"
+    return (
+        f"{path}: holds no whole checkpoint (checkpoints/iter_... with {folder.MANIFEST}); "
+        "expected a run's folder"
+    )
 
 
 def _these(root: Path, there: list[int], wanted: Sequence[int]) -> list[int]:
@@ -123,9 +143,7 @@ def _candidate(root: Path, iteration: int) -> Candidate:
     path = root / folder.checkpoint_name(iteration)
     state = folder.read_state(path)
     if "imported" in state:
-        raise CheckpointError(
-            f"{path}: was imported, not trained; `mvlm export` gives it back to Hugging Face"
-        )
+        raise CheckpointError(f"{path}: {_IMPORTED}")
     try:
         progress = state["progress"]
         tokens, said = int(progress["consumed_tokens"]), int(progress["iteration"])

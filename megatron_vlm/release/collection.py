@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from megatron_vlm.checkpoint.folder import write_atomically
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.release.card import FILE as CARD
-from megatron_vlm.release.card import STATE_FILE, header, number
+from megatron_vlm.release.card import STATE_FILE, header, number, told_once
 from megatron_vlm.release.licences import front_matter
 from megatron_vlm.release.words import bytes_in_words, count_in_words
 
 FILE = "collection.json"
 FORMAT = "megatron-vlm release collection 1"
 STATE_FORMAT = "megatron-vlm release 1"
+
+
+_RELEASE = re.compile(r"(.+-)?iter_\d{7,}-.+-tokens")
+"""The name of a release, or of a pushed one."""
 
 
 class _Part(BaseModel):
@@ -96,18 +101,31 @@ def releases(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder whose README.md or collection.json is not ours.
+    """Refuse a folder that is not for releases alone: what lies there must be ours.
+
+    A folder with a list of ours is taken, whatever else was put there since.
 
     Raises:
-        ConversionError: one of them was written by something else.
+        ConversionError: its README.md or collection.json was written by something else, or it has
+            no list and holds something else than releases.
     """
     if os.path.exists(folder) and not folder.is_dir():
         raise ConversionError(f"{folder}: is a file; name a folder to write releases into")
-    there = [name for name in (FILE, CARD) if os.path.lexists(folder / name)]
+    try:
+        there = os.listdir(folder)
+    except OSError:
+        # Not there yet, or told by who writes into it.
+        return
     foreign = foreign_index(there, lambda name: (folder / name).read_text())
     if foreign is not None:
         raise ConversionError(
             f"{folder / foreign}: was not written by mvlm release; name another folder"
+        )
+    others = sorted(n for n in there if not (n.startswith(".") or _RELEASE.fullmatch(n)))
+    if FILE not in there and others:
+        raise ConversionError(
+            f"{folder}: holds what is no release ({others[0]}, {len(others)} in all); name a new "
+            "folder, an empty one, or one of releases"
         )
 
 
@@ -182,7 +200,7 @@ def _readme(
             f"{entry['iteration']:,}",
             number(entry["learning_rate"], ".6g"),
             _losses(training),
-            _losses(entry["validation_losses"]),
+            _losses(told_once(entry["validation_losses"])),
             bytes_in_words(entry["bytes"]),
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -115,8 +115,9 @@ def _learning_rate(config: RunConfig, iteration: int, history: History) -> dict[
 
 
 def _schedule(settings: OptimizerConfig, train_iters: int) -> str:
-    warmup = f"{settings.lr_warmup_iters:,} steps of linear warm-up to {settings.lr:g}, then "
-    start = warmup if settings.lr_warmup_iters else ""
+    count = settings.lr_warmup_iters
+    warmup = f"{count:,} step{'s' * (count != 1)} of linear warm-up to {settings.lr:g}, then "
+    start = warmup if count else ""
     if settings.lr_decay_style == "constant":
         return f"{start}constant" if start else f"constant at {settings.lr:g}"
     end = settings.lr_decay_iters or train_iters

@@ -121,8 +121,8 @@ def push_target(text: str) -> PushTarget:
     """What `--push` names: `OWNER/NAME` on the hub, or a folder as `file:///path`.
 
     Raises:
-        ConfigError: it is neither, or huggingface_hub is not installed.
-        ConversionError: the folder is a file, or holds a list of something else.
+        ConfigError: it is neither, huggingface_hub is not installed, or there is no token.
+        ConversionError: the folder is a file, cannot be written, or holds something else.
     """
     if text.startswith("file:"):
         address = urlparse(text)
@@ -130,13 +130,25 @@ def push_target(text: str) -> PushTarget:
             raise ConfigError(f"--push {text}: expected a folder as file:///path")
         folder = Path(unquote(address.path))
         check_free(folder)
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise ConversionError(
+                f"--push {text}: {place} is no folder that can be written into; name another"
+            )
         return FolderTarget(folder)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", text, re.ASCII):
         raise ConfigError(f"--push {text}: expected OWNER/NAME, or a folder as file:///path")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ConfigError(
             f"--push {text}: huggingface_hub is not installed; install the extra `release` "
-            "(pip install 'megatron-vlm[release]'), or push to a folder (file:///path)"
+            "(pip install -e '.[release]' in a clone), or push to a folder (file:///path)"
+        )
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ConfigError(
+            f"--push {text}: there is no token for the hub; `hf auth login`, set HF_TOKEN, or push "
+            "to a folder (file:///path)"
         )
     return HubTarget(text)
 

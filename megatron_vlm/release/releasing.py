@@ -20,7 +20,14 @@ import megatron_vlm
 from megatron_vlm.config import dump_yaml, load_recipe
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.release import curve, release_folder
-from megatron_vlm.release.card import CONFIG_FILE, STATE_FILE, SUMS_FILE, model_card
+from megatron_vlm.release.card import (
+    AS_TRAINED,
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    STATE_FILE,
+    SUMS_FILE,
+    model_card,
+)
 from megatron_vlm.release.card import FILE as CARD
 from megatron_vlm.release.choosing import Candidate, Choice, choose, describe_missing
 from megatron_vlm.release.collection import (
@@ -41,6 +48,10 @@ from megatron_vlm.release.safetensors_writer import SHARD_BYTES
 from megatron_vlm.release.targets import MARKER
 from megatron_vlm.release.verification import check_installed, verify
 from megatron_vlm.release.words import bytes_in_words, count_in_words
+
+_TRAINED_AS = {"fp64": "float64", "fp32": "float32"}
+"""What weights are in memory and in checkpoints, by `training.precision`; else bfloat16."""
+_FINENESS = ("bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -258,7 +269,7 @@ def _make(
             "licence": options.licence,
             "base_model": options.base_model,
             "verification": verified and asdict(verified),
-            "export": _exported(summary, options),
+            "export": _exported(summary, hidden, options, facts["precision"]),
             "options": asdict(options),
             "source": {
                 "checkpoint": candidate.path.name,
@@ -292,11 +303,20 @@ def _describe(hidden: Path, candidate: Candidate, history: History, facts: dict[
     release_folder.write(hidden, STATE_FILE, release_folder.as_json(facts))
 
 
-def _exported(summary: ExportSummary, options: Options) -> dict[str, Any]:
+def _exported(
+    summary: ExportSummary, folder: Path, options: Options, precision: str | None
+) -> dict[str, Any]:
+    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    trained = _TRAINED_AS.get(precision or "", "bfloat16")
+    weights = AS_TRAINED
+    if options.dtype != "keep" and dtype != trained:
+        coarser = _FINENESS.index(dtype) < _FINENESS.index(trained)
+        weights = f"rounded from {trained}" if coarser else "the optimizer's where it has them"
     return {
         "architecture": summary.family.architecture,
         "model_type": summary.family.model_type,
-        "dtype": "as trained" if options.dtype == "keep" else options.dtype,
+        "dtype": dtype,
+        "weights": weights,
         "tensors": summary.tensors,
         "parameters": summary.parameters,
         "bytes": summary.bytes,
@@ -353,6 +373,11 @@ def _push(
     target.refuse_foreign(sent)
     for revision in sent:
         say(f"{revision}: being pushed")
+        if (mine[revision].target / CHECKPOINT_FOLDER).is_dir():
+            say(
+                f"{revision}: with its checkpoint, whose {CHECKPOINT_FOLDER}/config.yaml tells "
+                "paths of this machine"
+            )
         target.push(revision, mine[revision].target)
         there[revision] = ""
     listed = [facts for revision, facts in local.items() if revision in there]

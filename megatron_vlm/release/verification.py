@@ -31,6 +31,7 @@ from safetensors import safe_open
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.release import transformers_logits
+from megatron_vlm.release.card import LEAST_TRANSFORMERS
 from megatron_vlm.release.trainer_logits import Scored, trainer_logits
 
 TOLERANCE = 2e-5
@@ -40,7 +41,6 @@ was measured on models of four layers, a hundredth of a percent."""
 LEAST_COMPARED = 0.1
 """Share of the positions that must not have been left out. Our choice."""
 
-_LEAST_TRANSFORMERS = Version("5.10")
 _ROWS, _ROW_TOKENS = 8, 16
 _QUESTION = "What is shown here, and where?"
 _PICTURE = (61, 90)
@@ -76,11 +76,12 @@ def check_installed() -> None:
     """
     found = importlib.util.find_spec("transformers") is not None
     version = importlib.metadata.version("transformers") if found else None
-    if version is None or Version(version) < _LEAST_TRANSFORMERS:
+    if version is None or Version(version) < Version(LEAST_TRANSFORMERS):
         said = "is not installed" if version is None else f"is {version}"
         raise ConfigError(
-            f"transformers {said}; verifying a release needs {_LEAST_TRANSFORMERS} or newer: "
-            "install the extra `release` (pip install 'megatron-vlm[release]'), or give --no-verify"
+            f"transformers {said}; verifying a release needs {LEAST_TRANSFORMERS} or newer: "
+            "install the extra `release` (pip install -e '.[release]' in a clone), or give "
+            "--no-verify"
         )
 
 

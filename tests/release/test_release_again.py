@@ -181,6 +181,23 @@ def test_what_is_not_ours_is_never_replaced(vlm_run: Path, three: Path, tmp_path
     assert os.listdir(other) == ["README.md"]
 
 
+def test_a_folder_of_other_things_is_refused(vlm_run: Path, three: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("one.png", "two.png"):
+        (pictures / name).write_text("")
+    code, _, err = plainly(vlm_run, pictures)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{pictures}: holds what is no release (one.png, 2 in all)" in err
+    assert sorted(os.listdir(pictures)) == ["one.png", "two.png"]
+    # Beside a list of ours, or without one after a kill, releases go on.
+    (three / "notes.txt").write_text("mine")
+    assert plainly(vlm_run, three, *ALL)[0] == 0
+    for name in ("notes.txt", "README.md", "collection.json"):
+        (three / name).unlink()
+    assert plainly(vlm_run, three, *ALL)[0] == 0
+
+
 def test_a_replacement_cut_short_is_put_back(vlm_run: Path, three: Path) -> None:
     first, _, second = _folders(three)
     os.rename(first, first.with_name(f".{first.name}.replaced"))
@@ -339,7 +356,7 @@ def test_without_transformers(
     assert code == 2 and not out.exists()
     (line,) = capsys.readouterr().err.splitlines()
     said = "is not installed" if version is None else "is 5.9.1"
-    assert f"transformers {said}; " in line and "megatron-vlm[release]" in line
+    assert f"transformers {said}; " in line and "-e '.[release]'" in line
     assert "--no-verify" in line
 
 

@@ -96,7 +96,12 @@ def _facts(tmp_path: Path, *overrides: str, history: History = NOTHING, **more: 
         "licence": None,
         "base_model": None,
         "verification": None,
-        "export": {"architecture": "Class", "dtype": "as trained", "bytes": 5},
+        "export": {
+            "architecture": "Class",
+            "dtype": "bfloat16",
+            "weights": "as trained",
+            "bytes": 5,
+        },
         "options": {"with_optimizer": False},
         "files": {},
         **more,
@@ -142,6 +147,11 @@ def test_what_comes_from_outside_is_no_markup(tmp_path: Path) -> None:
     [
         (["optimizer.lr_warmup_iters=0"], "constant at 0.003", 3e-3),
         ([], "2 steps of linear warm-up to 0.003, then constant", 3e-3),
+        (
+            ["optimizer.lr_warmup_iters=1"],
+            "1 step of linear warm-up to 0.003, then constant",
+            3e-3,
+        ),
         (
             ["optimizer.lr_decay_style=cosine", "optimizer.lr_decay_iters=4"],
             "2 steps of linear warm-up to 0.003, then cosine to 0 at step 4",
@@ -191,11 +201,65 @@ def test_cards_of_all_kinds_parse(tmp_path: Path) -> None:
         "| lm\\_loss, training | not finite | 3 |",
         "| my\\_loss, training | 2.5000 | 3 |",
         "8 processes: TP 2, DP 4, SP",
-        "checkpoint.load=x-iter_0000003-1.23K-tokens/checkpoint",
+        "checkpoint.load=FOLDER/checkpoint",
+        "its `config.yaml` has the paths of the machine",
         f"]({curve.FILE})",
     ):
         assert text in card.content, text
     assert json.loads(json.dumps(facts, allow_nan=False))["losses"]["training"]["lm_loss"] is None
+
+
+def test_rounded_weights_are_told_from_those_that_were_trained(tmp_path: Path) -> None:
+    verified = {
+        "max_relative_difference": 3e-7,
+        "transformers": "5.23.0",
+        "positions": 8,
+        "compared": 8,
+        "prompts": 2,
+        "pictures": 0,
+    }
+    history = History({3: _step(3, 2.5)}, found=True)
+    export = {"architecture": "C", "dtype": "bfloat16", "bytes": 5}
+    for weights, rounded in (("rounded from float32", True), ("as trained", False)):
+        more = {"export": export | {"weights": weights}, "verification": verified}
+        card = model_card(_facts(tmp_path, history=history, **more))
+        assert ("with these same weights (bfloat16, rounded from float32)" in card) is rounded
+        assert ("Measured in training, with its own weights" in card) is rounded
+        assert f"| Weights in these files | bfloat16, {weights}, 5 bytes |" in card
+
+
+def test_where_counting_began_is_said(tmp_path: Path) -> None:
+    load = "checkpoint.load=far/away/older"
+    for words, counted in (
+        ([], ""),
+        ([load], ""),
+        ([load, "checkpoint.load_optimizer=false"], " in this run"),
+    ):
+        facts = _facts(tmp_path, *words)
+        facts["consumed"]["documents"] = 154
+        card = model_card(facts)
+        assert f"iteration 3 of 10 planned{counted}." in card
+        assert f"| Tokens seen{counted} | 1,234, without padding, those of pictures" in card
+        assert f"| Documents seen{counted} | 154, 2.00 times the training set |" in card
+
+
+def test_a_card_is_true_wherever_its_folder_lies(tmp_path: Path) -> None:
+    words = ("training.seq_length=64", "model.language.num_query_groups=2")
+    card = model_card(_facts(tmp_path, *words))
+    assert "| Attention heads | 4, 2 of keys and values |" in card
+    assert 'folder = "."  # the folder of this file' in card
+    assert "mvlm import FOLDER checkpoints/x-iter_0000003-1.23K-tokens" in card
+    assert 'revision="iter_0000003-1.23K-tokens"' in card
+    assert "pip install torch 'transformers>=5.10' pillow" in card
+    assert "at most; trained here on rows of 64 tokens |" in card
+
+
+@pytest.mark.parametrize("more", [{}, {"validation_loss_b": 7.0}])
+def test_one_held_out_set_is_told_once(tmp_path: Path, more: dict[str, float]) -> None:
+    step = _step(3, 1.0, validation_loss=8.0, validation_loss_a=8.0, **more)
+    card = model_card(_facts(tmp_path, history=History({3: step}, found=True)))
+    assert "| validation\\_loss\\_a | 8.0000 | 3 |" in card
+    assert ("| validation\\_loss | 8.0000 | 3 |" in card) is bool(more)
 
 
 def test_what_was_not_verified_is_said(tmp_path: Path) -> None:

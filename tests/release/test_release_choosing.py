@@ -122,6 +122,13 @@ def test_faults_are_told(tmp_path: Path) -> None:
     imported = _run(tmp_path / "imported", {0: 0}, imported={"family": "dots1"})
     with pytest.raises(CheckpointError, match="was imported, not trained"):
         choose(imported)
+    with pytest.raises(CheckpointError, match="import.* was imported, not trained"):
+        choose(imported / "checkpoints" / "iter_0000000")
+    checkpoint = run / "checkpoints" / "iter_0000100"
+    with pytest.raises(CheckpointError, match=f"{checkpoint}: is a .*{run} --iterations 100"):
+        choose(checkpoint)
+    with pytest.raises(CheckpointError, match="holds checkpoints; give the run's folder"):
+        choose(run / "checkpoints")
     odd = _run(tmp_path / "odd", {5: 1}, progress={"iteration": 6, "consumed_tokens": 1})
     with pytest.raises(CheckpointError, match="says iteration 6; expected 5"):
         choose(odd)

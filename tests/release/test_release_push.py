@@ -169,8 +169,25 @@ def test_a_folder_that_cannot_be_written(text_run: Path, two: Path, tmp_path: Pa
     code, _, err = plainly(text_run, out, *words, f"file://{file}")
     assert code == 2 and f"{file}: is a file" in err
     code, _, err = plainly(text_run, out, *words, f"file://{file}/below")
-    assert code == 1 and "PushError: --push" in err and "run the command again" in err
-    assert len(_folders(out)) == 2
+    assert code == 2 and f"{file} is no folder that can be written into" in err
+    assert len(_folders(out)) == 2 and err.count("\n") == 1
+
+
+def test_without_a_token_nothing_is_begun(
+    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    out = tmp_path / "out"
+    code, _, err = plainly(text_run, out, "--push", "nobody/nothing")
+    assert code == 2 and not out.exists() and err.count("\n") == 1
+    assert "mvlm: error: --push nobody/nothing: there is no token for the hub" in err
+
+
+def test_a_checkpoint_that_is_sent_is_said_to_tell_paths(text_run: Path, tmp_path: Path) -> None:
+    words = ("--push", f"file://{tmp_path / 'there'}", "--iterations", "2")
+    for number, more in enumerate(([], ["--with-optimizer", "--overwrite"])):
+        code, _, err = plainly(text_run, tmp_path / str(number), *words, *more)
+        assert code == 0 and err.count("checkpoint/config.yaml tells paths") == number
 
 
 def test_without_a_network(
@@ -186,7 +203,7 @@ def test_without_a_network(
     code, _, err = plainly(text_run, out, "--iterations", "4,6", "--push", "nobody/nothing")
     assert code == 1
     (line,) = (line for line in err.splitlines() if line.startswith("mvlm: "))
-    assert "PushError: --push nobody/nothing: cannot be reached (" in line
+    assert "mvlm: error: --push nobody/nothing: cannot be reached (" in line
     assert "refused" in line and "run the command again to send what is missing" in line
     # All is here: what had been, and what this command was to make.
     assert len(_folders(out)) == 3

@@ -154,12 +154,13 @@ def test_verified_as_measured(vlm_releases: dict) -> None:
 def test_each_card_runs_where_only_transformers_is(vlm_releases: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(vlm_releases["folder"], out)
-    (out / "picture.png").write_bytes(encoded(picture(40, 60)))
     blocks = []
     for folder in _folders({"folder": out}):
+        (folder / "picture.png").write_bytes(encoded(picture(40, 60)))
         card = (folder / "README.md").read_text()
+        blocks.append(f"import os\nos.chdir({str(folder)!r})\n")
         blocks += re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
-        blocks.append("print('ran', folder)\n")
+        blocks.append(f"print('ran', {folder.name!r})\n")
     (out / "cards.py").write_text("".join(blocks))
     done = run_outside(out, "example", out, "cards.py")
     assert len(re.findall(r"^ran nano-iter_000000[246]-", done.stdout, re.MULTILINE)) == 3
@@ -196,6 +197,8 @@ def test_text_alone_rounded(text_run: Path, tmp_path: Path) -> None:
     assert "| Stage | not named |" in card.content and "None was given" in card.content
     assert card.data.license == "other" and card.data.pipeline_tag == "text-generation"
     assert "AutoModelForCausalLM" in card.content
+    assert "those of the trainer with these same weights (bfloat16, rounded" in card.content
+    assert "| Weights in these files | bfloat16, rounded from float32, " in card.content
     checked_by_coreutils(folder)
 
 
