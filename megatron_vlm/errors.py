@@ -1,8 +1,12 @@
-"""The errors a person can mend. The command line prints them as one line and exits with 2."""
+"""The errors that the command line prints as one line: a person's to mend (exit 2), or not (1)."""
 
 
 class UserError(Exception):
     """Bad input: says which field or file, its value, what was expected, and what to do."""
+
+
+class TaskFailed(Exception):
+    """The input was right, and what was asked could not be done: says what, and what to do."""
 
 
 class ConfigError(UserError):

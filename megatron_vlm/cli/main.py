@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from megatron_vlm import __version__
-from megatron_vlm.errors import UserError
+from megatron_vlm.errors import TaskFailed, UserError
 
 COMMANDS = {
     "demo": "train and check a tiny model on this machine, from real pictures, in minutes",
@@ -94,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"there is no command {command!r}; {hint}")
     try:
         return _run(command, rest, debug)
-    except UserError as error:
+    except (UserError, TaskFailed) as error:
         _print_traceback(debug)
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"mvlm: error: {line}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
     except KeyboardInterrupt:
         _print_traceback(debug)
         print("mvlm: interrupted", file=sys.stderr)

@@ -94,7 +94,6 @@ def run(args: argparse.Namespace) -> int:
         every = parse_count(args.every_tokens, "--every-tokens")
     licence = parse_licence(args.licence)
     # Imports torch and the engine: after what can fail without them.
-    from megatron_vlm.release.pushing import PushError
     from megatron_vlm.release.releasing import Options, Request, as_json_line, release_run
 
     request = Request(
@@ -111,13 +110,7 @@ def run(args: argparse.Namespace) -> int:
         args.push,
         show_progress=sys.stderr.isatty(),
     )
-    try:
-        report = release_run(request, lambda line: print(line, file=sys.stderr, flush=True))
-    except PushError as error:
-        if args.debug:
-            raise
-        print(f"mvlm: error: {error}", file=sys.stderr)
-        return 1
+    report = release_run(request, lambda line: print(line, file=sys.stderr, flush=True))
     if args.json:
         print(as_json_line(report))
     else:

@@ -27,7 +27,7 @@ FORMAT = "megatron-vlm release collection 1"
 STATE_FORMAT = "megatron-vlm release 1"
 
 
-_RELEASE = re.compile(r"(.+-)?iter_\d{7,}-.+-tokens")
+RELEASE = re.compile(r"(.+-)?iter_\d{7,}-.+-tokens")
 """The name of a release, or of a pushed one."""
 
 
@@ -121,7 +121,7 @@ def check_free(folder: Path) -> None:
         raise ConversionError(
             f"{folder / foreign}: was not written by mvlm release; name another folder"
         )
-    others = sorted(n for n in there if not (n.startswith(".") or _RELEASE.fullmatch(n)))
+    others = sorted(n for n in there if not (n.startswith(".") or RELEASE.fullmatch(n)))
     if FILE not in there and others:
         raise ConversionError(
             f"{folder}: holds what is no release ({others[0]}, {len(others)} in all); name a new "

@@ -60,6 +60,8 @@ class ExportSummary:
     parameters: int
     bytes: int
     """Of the tensors."""
+    dtype: torch.dtype
+    """Of the weights, as config.json says."""
     shards: int
 
 
@@ -106,7 +108,8 @@ def export_checkpoint(
                     _write(release.path, shard, work, meter)
         if len(shards) > 1:
             release.write(INDEX, index_json(shards))
-        named = str(work.tensors[0].dtype).removeprefix("torch.")
+        written = work.tensors[0].dtype
+        named = str(written).removeprefix("torch.")
         with read_errors(checkpoint):
             small = small_files(checkpoint, model, family, named)
         for name, content in small.items():
@@ -120,6 +123,7 @@ def export_checkpoint(
         len(work.tensors),
         sum(math.prod(shape) for shape in translation.ours.values()),
         total,
+        written,
         len(shards),
     )
 

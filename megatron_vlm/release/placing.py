@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,7 @@ def disk_errors(target: Path, advice: str | None = None) -> Iterator[None]:
     except OSError as error:
         reason, way = error.strerror or str(error), "name another folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            places = (target, *target.absolute().parents)
-            place = next(path for path in places if os.path.exists(path))
-            free = shutil.disk_usage(place).free // 2**20
+            free = shutil.disk_usage(nearest(target)).free // 2**20
             reason, way = f"{reason}; {free} MiB are free there", f"make room or {way}"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             way = "name a folder below one that this user may write to"
@@ -43,6 +42,11 @@ def disk_errors(target: Path, advice: str | None = None) -> Iterator[None]:
             f"{target}: could not be written ({reason}); "
             f"{advice or f'{way}; nothing was left behind'}"
         ) from error
+
+
+def nearest(path: Path) -> Path:
+    """What there is of a path: itself, or the nearest folder above it."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
 
 
 class InUseError(ConversionError):
@@ -156,10 +160,17 @@ def draft(target: Path) -> Iterator[Draft]:
                 hidden.rmdir()
 
 
-def tidy_drafts(parent: Path, name: str) -> None:
-    """Clear away what a killed command left of one folder, unless another is writing it."""
-    with suppress(InUseError), draft(parent / name):
-        pass
+def tidy_drafts(parent: Path, ours: Callable[[str], object]) -> None:
+    """Clear away what killed commands left of folders, but of those that another is writing.
+
+    Args:
+        parent: where they lie.
+        ours: which names to look at.
+    """
+    found = {match[1] for path in parent.iterdir() if (match := _LEFT.fullmatch(path.name))}
+    for name in sorted(filter(ours, found)):
+        with suppress(InUseError), draft(parent / name):
+            pass
 
 
 def _tidy(place: Path) -> None:
@@ -181,6 +192,10 @@ def _tidy(place: Path) -> None:
         raise ConversionError(
             f"{place}: could not be put back ({error.strerror}); it is whole in {old}: rename that"
         ) from error
+
+
+_LEFT = re.compile(r"\.(.+)\.(?:incomplete|replaced)", re.DOTALL)
+"""The names that the two functions below give."""
 
 
 def _hidden(place: Path) -> Path:

@@ -22,18 +22,18 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from megatron_vlm.checkpoint.folder import digest, write_atomically
-from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.errors import ConfigError, ConversionError, TaskFailed
 from megatron_vlm.release.card import SUMS_FILE
 from megatron_vlm.release.collection import check_free, foreign_index
-from megatron_vlm.release.placing import draft
-from megatron_vlm.release.release_folder import foreign_in_revision
+from megatron_vlm.release.placing import draft, nearest
+from megatron_vlm.release.release_folder import foreign_in_revision, sums
 
 _MAIN = "main"
 _HUB_FILES = {".gitattributes"}
 """What the hub puts into every branch itself."""
 
 
-class PushError(Exception):
+class PushError(TaskFailed):
     """A release could not be carried there."""
 
 
@@ -130,7 +130,7 @@ def push_target(text: str) -> PushTarget:
             raise ConfigError(f"--push {text}: expected a folder as file:///path")
         folder = Path(unquote(address.path))
         check_free(folder)
-        place = next(path for path in (folder, *folder.parents) if path.exists())
+        place = nearest(folder)
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise ConversionError(
                 f"--push {text}: {place} is no folder that can be written into; name another"
@@ -166,8 +166,7 @@ class FolderTarget(PushTarget):
         final = self._path / revision
         with draft(final) as begun, self._reported(f"{revision} could not be written"):
             shutil.copytree(folder, begun.path, copy_function=_copy)
-            for line in (begun.path / SUMS_FILE).read_text().splitlines():
-                expected, name = line.split("  ", 1)
+            for name, expected in sums(begun.path).items():
                 if digest(begun.path / name) != expected:
                     raise PushError(
                         f"{final / name}: was changed on its way; run the command again"

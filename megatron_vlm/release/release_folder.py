@@ -14,12 +14,10 @@ from megatron_vlm.checkpoint import folder as checkpoint_folder
 from megatron_vlm.checkpoint.folder import digest, sync
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.release.card import CHECKPOINT_FOLDER, STATE_FILE, SUMS_FILE
-from megatron_vlm.release.collection import parse_facts, read_release
+from megatron_vlm.release.collection import RELEASE, parse_facts, read_release
 from megatron_vlm.release.placing import tidy_drafts
 from megatron_vlm.release.progress import Meter
 
-_HIDDEN = re.compile(r"\.(.+-iter_\d{7,}-.+-tokens)\.(?:incomplete|replaced)")
-"""What a killed command leaves of a release."""
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -34,9 +32,7 @@ def files_of(folder: Path) -> dict[str, int]:
 
 def tidy(folder: Path) -> None:
     """Clear away what a killed command left; only by the one command that writes there."""
-    found = [_HIDDEN.fullmatch(path.name) for path in folder.iterdir()]
-    for name in sorted({match[1] for match in found if match}):
-        tidy_drafts(folder, name)
+    tidy_drafts(folder, RELEASE.fullmatch)
 
 
 def include_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -106,19 +102,19 @@ def fault(folder: Path, contents: bool, show_progress: bool = False) -> str | No
 
 def _fault(folder: Path, contents: bool, show_progress: bool) -> str | None:
     facts = read_release(folder)
-    sums = _sums(folder)
-    if facts is None or not sums or sums.get(STATE_FILE) != digest(folder / STATE_FILE):
+    listed = sums(folder)
+    if facts is None or not listed or listed.get(STATE_FILE) != digest(folder / STATE_FILE):
         return f"{STATE_FILE} and {SUMS_FILE} do not belong together"
     expected: dict[str, Any] = facts["files"]
     there = files_of(folder)
-    for name in sorted({*expected, *sums} - {STATE_FILE}):
+    for name in sorted({*expected, *listed} - {STATE_FILE}):
         if name not in there:
             return f"{name} is missing"
-        if name not in sums or there[name] != expected.get(name):
+        if name not in listed or there[name] != expected.get(name):
             return f"{name} has {there[name]} bytes; expected {expected.get(name)}"
     if contents:
         with Meter("verify release", sum(there.values()), show_progress) as meter:
-            for name, value in sums.items():
+            for name, value in listed.items():
                 if digest(folder / name) != value:
                     return f"the content of {name} does not match {SUMS_FILE}"
                 meter.advance(there[name])
@@ -127,7 +123,7 @@ def _fault(folder: Path, contents: bool, show_progress: bool) -> str | None:
 
 def foreign_file(folder: Path) -> str | None:
     """A file that `mvlm release` did not write there, if there is one."""
-    known = {*_sums(folder), SUMS_FILE}
+    known = {*sums(folder), SUMS_FILE}
     facts = read_release(folder)
     if facts is not None:
         known |= {*facts["files"], STATE_FILE}
@@ -158,7 +154,7 @@ def manifest_digest(checkpoint: Path) -> str:
     return digest(checkpoint / checkpoint_folder.MANIFEST)
 
 
-def _sums(folder: Path) -> dict[str, str]:
+def sums(folder: Path) -> dict[str, str]:
     """Digests by file; none where SHA256SUMS is missing or something else."""
     try:
         lines = (folder / SUMS_FILE).read_text().splitlines()

@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import megatron_vlm
 from megatron_vlm.config import dump_yaml, load_recipe
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.release import curve, release_folder
 from megatron_vlm.release.card import (
     AS_TRAINED,
@@ -48,10 +51,6 @@ from megatron_vlm.release.safetensors_writer import SHARD_BYTES
 from megatron_vlm.release.targets import MARKER
 from megatron_vlm.release.verification import check_installed, verify
 from megatron_vlm.release.words import bytes_in_words, count_in_words
-
-_TRAINED_AS = {"fp64": "float64", "fp32": "float32"}
-"""What weights are in memory and in checkpoints, by `training.precision`; else bfloat16."""
-_FINENESS = ("bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def release_run(request: Request, say: Callable[[str], None]) -> Report:
             say(_made(each.target, facts))
         _write_index(request.out_dir)
         if target is not None:
-            report.pushed = _push(request, planned, target, say)
+            report.pushed = _push(request, planned, {*report.made}, target, say)
     return report
 
 
@@ -269,7 +268,7 @@ def _make(
             "licence": options.licence,
             "base_model": options.base_model,
             "verification": verified and asdict(verified),
-            "export": _exported(summary, hidden, options, facts["precision"]),
+            "export": _exported(summary, options, facts["precision"]),
             "options": asdict(options),
             "source": {
                 "checkpoint": candidate.path.name,
@@ -303,25 +302,27 @@ def _describe(hidden: Path, candidate: Candidate, history: History, facts: dict[
     release_folder.write(hidden, STATE_FILE, release_folder.as_json(facts))
 
 
-def _exported(
-    summary: ExportSummary, folder: Path, options: Options, precision: str | None
-) -> dict[str, Any]:
-    dtype = json.loads((folder / "config.json").read_text())["dtype"]
-    trained = _TRAINED_AS.get(precision or "", "bfloat16")
-    weights = AS_TRAINED
-    if options.dtype != "keep" and dtype != trained:
-        coarser = _FINENESS.index(dtype) < _FINENESS.index(trained)
-        weights = f"rounded from {trained}" if coarser else "the optimizer's where it has them"
+def _exported(summary: ExportSummary, options: Options, precision: str | None) -> dict[str, Any]:
+    trained, weights = parameter_dtype(precision or ""), AS_TRAINED
+    if options.dtype != "keep" and summary.dtype != trained:
+        coarser = summary.dtype.itemsize < trained.itemsize
+        weights = (
+            f"rounded from {_name(trained)}" if coarser else "the optimizer's where it has them"
+        )
     return {
         "architecture": summary.family.architecture,
         "model_type": summary.family.model_type,
-        "dtype": dtype,
+        "dtype": _name(summary.dtype),
         "weights": weights,
         "tensors": summary.tensors,
         "parameters": summary.parameters,
         "bytes": summary.bytes,
         "shards": summary.shards,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _made(target: Path, facts: dict[str, Any]) -> str:
@@ -335,9 +336,20 @@ def _made(target: Path, facts: dict[str, Any]) -> str:
 
 
 def _push(
-    request: Request, planned: list[_Planned], target: PushTarget, say: Callable[[str], None]
+    request: Request,
+    planned: list[_Planned],
+    made: set[str],
+    target: PushTarget,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Send what is not there yet, then the list of all that is there.
+
+    Args:
+        request: the command's.
+        planned: what is to be there.
+        made: releases of this command.
+        target: where to.
+        say: told of each.
 
     Raises:
         ConversionError: a release is damaged, or what is there is not to be replaced; nothing was
@@ -359,16 +371,19 @@ def _push(
         else:
             sent.append(revision)
     for revision in sent:
-        why = release_folder.fault(mine[revision].target, True, request.show_progress)
+        folder = mine[revision].target
+        # Every digest was taken already of what was made now, or of all with --verify-existing.
+        unread = not (folder.name in made or request.verify_existing)
+        why = release_folder.fault(folder, unread, request.show_progress)
         if why is not None:
             raise ConversionError(
-                f"{mine[revision].target}: is damaged: {why}; nothing was pushed; make it anew "
+                f"{folder}: is damaged: {why}; nothing was pushed; make it anew "
                 "with --verify-existing --overwrite"
             )
         if revision in there and not request.overwrite:
             raise ConversionError(
                 f"--push {request.push}: {revision} is there already and differs from "
-                f"{mine[revision].target}; nothing was pushed; replace it with --overwrite"
+                f"{folder}; nothing was pushed; replace it with --overwrite"
             )
     target.refuse_foreign(sent)
     for revision in sent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -136,10 +137,7 @@ class Source:
 
     def _check_copy(self, name: str, of: str) -> None:
         one, other = self._folder.entries[name], self._folder.entries[of]
-        same = one.dtype == other.dtype
-        total = one_size = 1
-        for size in one.shape:
-            total *= size
+        same, total = one.dtype == other.dtype, math.prod(one.shape)
         dtype = self.dtype(name)
         one_size = _COMPARED_BYTES // dtype.itemsize
         for start in range(0, total if same else 0, one_size):

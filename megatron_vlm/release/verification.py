@@ -29,7 +29,7 @@ from packaging.version import Version
 from PIL import Image
 from safetensors import safe_open
 
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, TaskFailed
 from megatron_vlm.release import transformers_logits
 from megatron_vlm.release.card import LEAST_TRANSFORMERS
 from megatron_vlm.release.trainer_logits import Scored, trainer_logits
@@ -47,7 +47,7 @@ _PICTURE = (61, 90)
 """Height and width in pixels; neither a multiple of a patch."""
 
 
-class VerificationError(Exception):
+class VerificationError(TaskFailed):
     """A release that does not compute what the checkpoint computes."""
 
 

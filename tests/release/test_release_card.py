@@ -26,6 +26,14 @@ from tests.training_case import RECIPE
 pytestmark = pytest.mark.unit
 
 NOTHING = History()
+VERIFIED = {
+    "max_relative_difference": 3e-7,
+    "transformers": "5.23.0",
+    "positions": 8,
+    "compared": 8,
+    "prompts": 2,
+    "pictures": 0,
+}
 
 
 def _write(run: Path, *lines: object) -> History:
@@ -176,18 +184,10 @@ def test_schedules_in_words(
 
 def test_cards_of_all_kinds_parse(tmp_path: Path) -> None:
     history = History({3: _step(3, float("nan"), my_loss=2.5)}, found=True)
-    verified = {
-        "max_relative_difference": 3e-7,
-        "transformers": "5.23.0",
-        "positions": 10,
-        "compared": 8,
-        "prompts": 2,
-        "pictures": 0,
-    }
     more: dict[str, Any] = {
         "licence": "GPL-3.0-only",
         "base_model": "someone/something",
-        "verification": verified,
+        "verification": VERIFIED | {"positions": 10},
         "options": {"with_optimizer": True},
         "files": {curve.FILE: 1},
     }
@@ -210,18 +210,10 @@ def test_cards_of_all_kinds_parse(tmp_path: Path) -> None:
 
 
 def test_rounded_weights_are_told_from_those_that_were_trained(tmp_path: Path) -> None:
-    verified = {
-        "max_relative_difference": 3e-7,
-        "transformers": "5.23.0",
-        "positions": 8,
-        "compared": 8,
-        "prompts": 2,
-        "pictures": 0,
-    }
     history = History({3: _step(3, 2.5)}, found=True)
     export = {"architecture": "C", "dtype": "bfloat16", "bytes": 5}
     for weights, rounded in (("rounded from float32", True), ("as trained", False)):
-        more = {"export": export | {"weights": weights}, "verification": verified}
+        more = {"export": export | {"weights": weights}, "verification": VERIFIED}
         card = model_card(_facts(tmp_path, history=history, **more))
         assert ("with these same weights (bfloat16, rounded from float32)" in card) is rounded
         assert ("Measured in training, with its own weights" in card) is rounded
@@ -263,17 +255,9 @@ def test_one_held_out_set_is_told_once(tmp_path: Path, more: dict[str, float]) -
 
 
 def test_what_was_not_verified_is_said(tmp_path: Path) -> None:
-    verified = {
-        "max_relative_difference": 3e-7,
-        "transformers": "5.23.0",
-        "positions": 8,
-        "compared": 8,
-        "prompts": 2,
-        "pictures": 0,
-    }
     apart = "the layer of multi-token prediction, which transformers loads apart"
     for model, ahead in (("deepseek-v3-twin", True), ("dots-llm1-twin", False)):
-        card = model_card(_facts(tmp_path, f"model={model}", verification=verified))
+        card = model_card(_facts(tmp_path, f"model={model}", verification=VERIFIED))
         assert "**Verified**" in card and (apart in card) is ahead
     assert apart not in model_card(_facts(tmp_path, "model=deepseek-v3-twin"))
 
