@@ -31,20 +31,28 @@ REQUIRES = [
     # Older ones make special tokens of text that spells them (encode_special_tokens).
     "tokenizers>=0.15.1",
     "rich",
+    # Decodes JPEG in half of Pillow's time, and refuses what is damaged when asked to.
+    "simplejpeg>=1.8",
     # Its list of licences came with this one.
     "packaging>=24.2",
 ]
+VIDEO = ["av>=14"]
+PDF = ["pypdfium2>=5"]
 DEMO = ["scikit-learn", "scikit-image", "matplotlib"]
 RELEASE = ["transformers>=5.10", "matplotlib", "huggingface_hub"]
 EXTRAS = {
     # Transformer Engine's torch binding is compiled on installation, against a CUDA torch.
     "gpu": ["transformer-engine[pytorch,core_cu13]>=2.7", "nvidia-dali-cuda130>=2"],
     "mpi": ["mpi4py>=4"],
+    "video": VIDEO,
+    "pdf": PDF,
     "demo": DEMO,
     "release": RELEASE,
     "dev": [
         *DEMO,
         *RELEASE,
+        *VIDEO,
+        *PDF,
         "pytest",
         "pytest-xdist",
         "ruff",

@@ -44,6 +44,7 @@ PACKAGES = (
     "pillow",
     "tokenizers",
     "rich",
+    "simplejpeg",
     "packaging",
 )
 """The ordinary Python dependencies, shown as one part."""
