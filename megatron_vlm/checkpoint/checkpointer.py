@@ -51,6 +51,10 @@ class Progress:
     nan_iterations: int = 0
     failures_in_a_row: int = 0
     """Steps skipped since the last one that was taken."""
+    failed_samples: int = 0
+    """Source samples that could not be read and were left blank."""
+    cursor: dict[str, Any] | None = None
+    """Where the next row comes from (`data.stream.Cursor`); null before the first."""
 
 
 class Checkpointer:

@@ -79,7 +79,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "run_dir": os.path.abspath(config.run_dir),
             "data": data.model_copy(
                 update={
-                    "train": data.train and os.path.abspath(data.train),
+                    "train": {
+                        name: source.model_copy(update={"path": os.path.abspath(source.path)})
+                        for name, source in data.train.items()
+                    },
                     "validation": {
                         name: os.path.abspath(path) for name, path in data.validation.items()
                     },

@@ -6,9 +6,9 @@ configuration can be read, checked and planned on any machine.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Precision = Literal["fp64", "fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise"]
@@ -427,28 +427,125 @@ class OptimizerConfig(_Section):
         return self
 
 
+LongSamples = Literal["refuse", "skip", "split"]
+DecoderName = Literal["auto", "cpu", "dali", "nvjpeg"]
+
+
+class SourceConfig(_Section):
+    """One data set of a mixture, and its part in it."""
+
+    path: str
+    """Folder of a built data set (`mvlm data build`)."""
+    weight: float | None = Field(None, ge=0)
+    """Its share, relative to the other sources' and counted as data.mixture_unit says. All sources
+    of a mixture have one, or none has."""
+    repeat: float = Field(1.0, gt=0)
+    """Without weights: how often its samples are seen while those of a source with 1 are seen once;
+    2 shows each twice. With 1 everywhere, every source ends its epoch at the same moment."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Passes after which nothing more is drawn from it; null: endless. Where all sources have
+    ended, the run ends, whatever training.train_iters says."""
+
+
+class MixturePoint(_Section):
+    """A change of the mixture's weights on the way: annealing, a curriculum."""
+
+    tokens: int = Field(gt=0)
+    """From so many tokens on, counted as they are drawn."""
+    weights: dict[str, float]
+    """Of each source, by name; one that is not named gets nothing."""
+    ramp_tokens: int = Field(0, ge=0)
+    """Reached in even steps over so many tokens; 0: at once."""
+
+
 class DataConfig(_Section):
     """Where samples come from and how they are packed. Paths: from the working directory."""
 
-    train: str | None = None
-    """Folder of a built data set (`mvlm data build`)."""
+    train: dict[str, SourceConfig] = {}
+    """The sources that are mixed, by name; a path alone names one data set (`data.train=FOLDER`),
+    and `data.train.NAME=FOLDER` one of several."""
+    mixture_unit: Literal["tokens", "samples"] = "tokens"
+    """What weights are shares of."""
+    schedule: tuple[MixturePoint, ...] = ()
+    """Later weights, in ascending order of their tokens."""
     validation: dict[str, str] = {}
     """Held-out sets by name: each a folder of a built data set. An override of one name adds to
     those of the recipe, `data.validation.NAME=null` takes one away, and one of the whole mapping
     (`data.validation={}`) replaces it."""
     pad_multiple: int = Field(16, gt=0)
     """Every sample is padded to a multiple of this many tokens, in every layout alike."""
-    packing_window: int = Field(256, gt=0)
-    """Samples packed together; windows are independent of each other."""
+    packing_rows: int = Field(64, gt=0)
+    """Rows that are packed together: samples are drawn until they could fill so many, and what
+    finds no room goes first into the next ones. More fill better, and mix samples that were drawn
+    further apart. Our choice."""
     shuffle: bool = True
     """A new order each epoch, from training.seed."""
+    long_samples: LongSamples = "refuse"
+    """Samples longer than training.seq_length: refuse to start, leave them out (skip), or cut them
+    into rows (split), which leaves out only those that are not learned throughout: conversations."""
     prefetch_steps: int = Field(2, ge=0)
     """Steps fetched ahead by a background thread."""
-    decode_threads: int | None = Field(None, gt=0)
-    """Threads of a process that decode pictures; null: its share of the machine's cores, one of
+    num_workers: int | None = Field(None, gt=0)
+    """Threads of a process that read and decode; null: its share of the machine's cores, one of
     them left to the step, at least 1 and at most 8 (our choice). Batches do not depend on it."""
-    skip_too_long: bool = False
-    """Leave out samples longer than training.seq_length instead of refusing to start."""
+    decoder: DecoderName = "auto"
+    """What decodes pictures: DALI or nvJPEG on a GPU, or the CPU. auto: the first of them that this
+    machine has."""
+    retry_seconds: float = Field(60.0, ge=0)
+    """How long a read that fails is tried again before its sample is given up. Our choice."""
+    warn_seconds: float = Field(30.0, gt=0)
+    """A sample that takes longer to fetch is named in the log."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """A sample that takes longer to fetch is given up. Our choice."""
+    max_failed_share: float = Field(0.5, ge=0, le=1)
+    """Stop once more than this share of a step's samples cannot be read. Those of a step that goes
+    on count as blank: no loss, and named in the log. Our choice."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _name_paths(cls, given: Any) -> Any:
+        """A path alone is a source of its own."""
+        if given is None:
+            return {}
+        if isinstance(given, str):
+            return {"train": {"path": given}}
+        if isinstance(given, dict):
+            return {n: {"path": v} if isinstance(v, str) else v for n, v in given.items()}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        weighted = {name for name, source in self.train.items() if source.weight is not None}
+        if weighted and weighted != set(self.train):
+            missing = sorted(set(self.train) - weighted)
+            raise ValueError(
+                f"train.{missing[0]} has no weight while others have one; give every source a "
+                "weight, or none"
+            )
+        if weighted and not any(source.weight for source in self.train.values()):
+            raise ValueError("train: every weight is 0; raise one")
+        for name, source in self.train.items():
+            if source.weight is not None and source.repeat != 1:
+                raise ValueError(f"train.{name} has a weight and a repeat; keep one of them")
+        before = -1
+        for number, point in enumerate(self.schedule):
+            unknown = sorted(set(point.weights) - set(self.train))
+            if unknown:
+                raise ValueError(
+                    f"schedule[{number}].weights names {unknown[0]!r}; expected sources of train: "
+                    f"{', '.join(self.train) or 'there are none'}"
+                )
+            if min(point.weights.values(), default=0) < 0 or not any(point.weights.values()):
+                raise ValueError(
+                    f"schedule[{number}].weights: expected numbers from 0 on, one of them above 0"
+                )
+            if point.tokens <= before:
+                raise ValueError(
+                    f"schedule[{number}].tokens {point.tokens} is not beyond those before it; put "
+                    "the schedule in ascending order"
+                )
+            before = point.tokens
+        return self
 
 
 class CheckpointConfig(_Section):

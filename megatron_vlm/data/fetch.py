@@ -1,45 +1,53 @@
 """Reads single samples and pictures out of the shards, by offset.
 
 Reads are positioned (`pread`), so any number of threads share one open file, and a rank touches
-only the bytes it will compute on.
+only the bytes it will compute on. A read that fails is tried again for a while, with the file
+opened anew: network file systems go away and come back.
 """
 
 from __future__ import annotations
 
 import os
 from functools import lru_cache
-from io import BytesIO
-from threading import Lock
+from io import BytesIO, FileIO
+from logging import getLogger
+from threading import Event, Lock
+from time import monotonic
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.index import DatasetIndex
-from megatron_vlm.data.pictures import decode_picture
 from megatron_vlm.errors import DataError
+
+logger = getLogger(__name__)
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
 
 class SampleReader:
     """Random access to a data set. Safe to share between threads."""
 
-    def __init__(self, index: DatasetIndex) -> None:
-        """Read from the shards of `index`; each is opened when first needed."""
+    def __init__(self, index: DatasetIndex, retry_seconds: float = 0.0) -> None:
+        """Read from the shards of `index`; each is opened when first needed.
+
+        Args:
+            index: the data set.
+            retry_seconds: how long a read that fails is tried again.
+        """
         self.index = index
-        self._descriptors: dict[int, int] = {}
+        self._retry_seconds = retry_seconds
+        # Held by whoever reads, so that a file opened anew cannot take the number of one in use.
+        self._files: dict[int, FileIO] = {}
         self._lock = Lock()
+        self._closed = Event()
         self._bytes_read = 0
-        self._pictures_decoded = 0
 
     @property
     def bytes_read(self) -> int:
         """Bytes read from shards so far."""
         return self._bytes_read
-
-    @property
-    def pictures_decoded(self) -> int:
-        """Pictures decoded so far."""
-        return self._pictures_decoded
 
     def read_tokens(self, sample: int) -> NDArray[np.int32]:
         """The sample's text tokens, one placeholder per picture.
@@ -73,7 +81,7 @@ class SampleReader:
         return tokens
 
     def read_encoded(self, sample: int, ordinal: int) -> bytes:
-        """The encoded bytes of one of the sample's pictures, as they were in the source.
+        """The encoded bytes of one of the sample's pictures, or of the video it is a frame of.
 
         Raises:
             DataError: the shard is missing or truncated.
@@ -87,42 +95,11 @@ class SampleReader:
             int(columns.picture_size[picture]),
         )
 
-    def read_picture(self, sample: int, ordinal: int) -> NDArray[np.uint8]:
-        """One of the sample's pictures as RGB, upright.
-
-        Returns:
-            uint8 [height, width, 3] of the size in the index.
-
-        Raises:
-            DataError: the shard is missing or truncated, or the picture cannot be decoded.
-            IndexError: the sample has fewer pictures.
-        """
-        encoded = self.read_encoded(sample, ordinal)
-        picture = self.index.picture_range(sample)[ordinal]
-        try:
-            image = decode_picture(encoded)
-        except DataError as error:
-            raise DataError(
-                f"{self.index.describe(sample)}, picture {ordinal}: {error}; restore the shard or "
-                "build the data set again"
-            ) from error
-        columns = self.index.columns
-        expected = (int(columns.picture_height[picture]), int(columns.picture_width[picture]))
-        if image.shape[:2] != expected:
-            raise DataError(
-                f"{self.index.describe(sample)}, picture {ordinal}: decodes to "
-                f"{image.shape[0]}x{image.shape[1]}, but the index says "
-                f"{expected[0]}x{expected[1]}; build the data set again"
-            )
-        with self._lock:
-            self._pictures_decoded += 1
-        return image
-
     def close(self) -> None:
-        """Close the shards. Reading again opens them again."""
+        """Close the shards and stop trying again. Reading again opens them again."""
+        self._closed.set()
         with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+            self._files.clear()
 
     def __enter__(self) -> SampleReader:
         """Itself; the shards are closed at the end of the block."""
@@ -139,34 +116,59 @@ class SampleReader:
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         path = self.index.folder / self.index.shard_names[shard]
-        try:
-            descriptor = self._descriptor(shard)
-            parts = []
-            missing = size
-            while missing:
-                part = os.pread(descriptor, missing, offset + size - missing)
-                if not part:
+        pause, deadline = _FIRST_PAUSE, monotonic() + self._retry_seconds
+        while True:
+            try:
+                content = self._read_once(shard, offset, size)
+                break
+            except OSError as error:
+                self._forget(shard)
+                left = deadline - monotonic()
+                if left <= 0 or self._closed.is_set():
                     raise DataError(
-                        f"{path}: truncated: expected bytes {offset} to {offset + size}, but the "
-                        f"file ends at {os.fstat(descriptor).st_size}; restore the shard or build "
-                        "the data set again"
+                        f"{path}: cannot be read ({error.strerror or error}); restore the shard or "
+                        "check the disk"
+                    ) from error
+                if pause == _FIRST_PAUSE:
+                    logger.warning(
+                        "%s: cannot be read (%s); trying again for %.0f s",
+                        path,
+                        error.strerror or error,
+                        left,
                     )
-                parts.append(part)
-                missing -= len(part)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); restore the shard or check the disk"
-            ) from error
+                self._closed.wait(min(pause, left))
+                pause = min(2 * pause, _LONGEST_PAUSE)
         with self._lock:
             self._bytes_read += size
+        return content
+
+    def _read_once(self, shard: int, offset: int, size: int) -> bytes:
+        file = self._file(shard)
+        parts, missing = [], size
+        while missing:
+            part = os.pread(file.fileno(), missing, offset + size - missing)
+            if not part:
+                end = os.fstat(file.fileno()).st_size
+                raise OSError(
+                    f"truncated: expected bytes {offset} to {offset + size}, but the file ends at "
+                    f"{end}"
+                )
+            parts.append(part)
+            missing -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _descriptor(self, shard: int) -> int:
+    def _file(self, shard: int) -> FileIO:
         with self._lock:
-            if shard not in self._descriptors:
-                path = self.index.folder / self.index.shard_names[shard]
-                self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[shard]
+            if shard in self._files:
+                return self._files[shard]
+        # Without the lock: an open may hang for as long as its file system does.
+        opened = FileIO(str(self.index.folder / self.index.shard_names[shard]))
+        with self._lock:
+            return self._files.setdefault(shard, opened)
+
+    def _forget(self, shard: int) -> None:
+        with self._lock:
+            self._files.pop(shard, None)
 
     def _fits(self, sample: int, tokens: NDArray[np.int32]) -> bool:
         columns = self.index.columns

@@ -23,7 +23,10 @@ Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 
 
 def target_sizes(
-    heights: ArrayLike, widths: ArrayLike, vision: VisionConfig
+    heights: ArrayLike,
+    widths: ArrayLike,
+    vision: VisionConfig,
+    max_tokens: ArrayLike = 0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sizes in pixels that pictures are resized to.
 
@@ -35,6 +38,8 @@ def target_sizes(
         heights: source heights in pixels, [n].
         widths: source widths in pixels, [n].
         vision: the encoder's patch size and pixel bounds.
+        max_tokens: language tokens that each may have at most, [n] or one for all; it lowers both
+            bounds where it is tighter. 0: only the encoder's bounds.
 
     Returns:
         Two int64 arrays [n].
@@ -46,19 +51,22 @@ def target_sizes(
     width = np.asarray(widths, dtype=np.float64)
     check_sizes(height, width)
     unit = vision.patch_size * vision.spatial_merge_size
-    most = vision.max_pixels // unit**2
-    least = -(-vision.min_pixels // unit**2)
+    caps = np.asarray(max_tokens, dtype=np.int64)
+    most = np.where(caps > 0, np.minimum(caps, vision.max_pixels // unit**2), vision.max_pixels // unit**2)
+    max_pixels = np.where(caps > 0, np.minimum(caps * unit**2, vision.max_pixels), vision.max_pixels)
+    min_pixels = np.minimum(vision.min_pixels, max_pixels)
+    least = -(-min_pixels // unit**2)
 
     # Counted in merged patches, so that products are exact.
     rows = np.maximum(1.0, np.rint(height / unit))
     columns = np.maximum(1.0, np.rint(width / unit))
     small = rows * columns < least
-    enlarge = np.sqrt(vision.min_pixels / (height * width))
+    enlarge = np.sqrt(min_pixels / (height * width))
     rows = np.where(small, np.ceil(height * enlarge / unit), rows)
     columns = np.where(small, np.ceil(width * enlarge / unit), columns)
 
     large = rows * columns > most
-    reduce = np.sqrt((height * width) / vision.max_pixels)
+    reduce = np.sqrt((height * width) / max_pixels)
     rows = np.where(large, np.maximum(1.0, np.floor(height / reduce / unit)), rows)
     columns = np.where(large, np.maximum(1.0, np.floor(width / reduce / unit)), columns)
     # A side held up at one merged patch leaves the other too long for the bound.

@@ -1,34 +1,23 @@
 """The plan of a step: which samples form which micro-batch, and which rank encodes which picture.
 
-Pure functions of the index, the configuration and a row number. Every rank computes the whole plan
+Pure functions of the metadata, the configuration and a cursor. Every rank computes the whole plan
 and they all agree, so nothing about the batch is ever communicated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.data.rows import Row, RowSource, Segment
+from megatron_vlm.data.sample_set import Pieces, SampleSet
+from megatron_vlm.data.stream import Cursor, Row, RowStream
 from megatron_vlm.errors import ConfigError
 
-__all__ = [
-    "EMPTY_ROW",
-    "MicroBatchPlan",
-    "PicturePlan",
-    "Row",
-    "RowSource",
-    "Segment",
-    "StepPlan",
-    "assign_pictures",
-    "held_out_batches",
-    "plan_rows",
-]
-
-EMPTY_ROW = Row(())
+_NONE = np.zeros(0, np.int32)
+EMPTY_ROW = Row(-1, _NONE, np.zeros(0, np.int64), _NONE, _NONE, _NONE, _NONE)
 """A row of filler alone: it fills a batch that the data do not."""
 
 
@@ -36,8 +25,12 @@ EMPTY_ROW = Row(())
 class PicturePlan:
     """One picture of the step: where its features go and who computes them."""
 
+    document: int
+    """Number of its sample within the step."""
+    source: int
+    """Number of its source."""
     sample: int
-    """Number of its sample in the data set."""
+    """Number of its sample in the source's data set."""
     ordinal: int
     """Place among the sample's pictures, from 0."""
     grid_h: int
@@ -65,7 +58,9 @@ class MicroBatchPlan:
     cu_seqlens: NDArray[np.int32]
     """[segments + 1] bounds of the padded segments; each row's unused tail is one of its own."""
     segment_lengths: NDArray[np.int32]
-    """[segments] real tokens of each; 0 for filler."""
+    """[segments] real tokens of each; 0 for filler, and for a sample that could not be read."""
+    documents: NDArray[np.int32]
+    """[segments] number within the step of the sample that each holds; -1 for filler."""
     max_seqlen: int
     """Longest padded segment, in tokens."""
     picture_spans: NDArray[np.int64]
@@ -82,37 +77,131 @@ class StepPlan:
     """One optimizer step over all ranks."""
 
     first_row: int
-    """Number of its first row in the endless run; -1 if it has none."""
+    """Number of its first row in the run; -1 if it has none."""
     micro_batches: tuple[tuple[MicroBatchPlan, ...], ...]
     """Indexed [replica][i]."""
     pictures: tuple[PicturePlan, ...]
     """Every picture of the step, by row, then by place in the row: the same for any layout."""
-    loss_tokens: int
-    """Target tokens: what the summed loss is divided by."""
-    tokens: int
-    """Real tokens, without padding and filler."""
-    documents: int
-    """Source samples."""
+    document_loss_tokens: NDArray[np.int64]
+    """[samples] target tokens of each sample; 0 for one that could not be read."""
+    document_tokens: NDArray[np.int64]
+    """[samples] real tokens of each, without padding; 0 for one that could not be read."""
     image_patches: int
     """Patches of all pictures."""
+    failed: int = 0
+    """Samples that could not be read; they are laid out as planned, as filler."""
+
+    @property
+    def loss_tokens(self) -> int:
+        """Target tokens: what the summed loss is divided by."""
+        return int(self.document_loss_tokens.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, without padding and filler."""
+        return int(self.document_tokens.sum())
+
+    @property
+    def documents(self) -> int:
+        """Source samples, those that could not be read included."""
+        return len(self.document_tokens)
+
+    def without(self, failed: NDArray[np.bool_]) -> StepPlan:
+        """The plan once some samples turned out to be unreadable.
+
+        Their places stay as they are, so that nothing of the layout changes, but count as filler:
+        no loss, no load on experts, no tokens.
+
+        Args:
+            failed: bool [samples].
+        """
+        micro_batches = tuple(
+            tuple(
+                replace(
+                    micro,
+                    segment_lengths=np.where(
+                        (micro.documents >= 0) & failed[micro.documents], 0, micro.segment_lengths
+                    ),
+                )
+                for micro in replica
+            )
+            for replica in self.micro_batches
+        )
+        return replace(
+            self,
+            micro_batches=micro_batches,
+            document_loss_tokens=np.where(failed, 0, self.document_loss_tokens),
+            document_tokens=np.where(failed, 0, self.document_tokens),
+            failed=self.failed + int(failed.sum()),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pictures:
+    """Pictures of some rows, by row, then by place in the row; all int64 [pictures]."""
+
+    row: NDArray[np.int64]
+    document: NDArray[np.int64]
+    source: NDArray[np.int64]
+    sample: NDArray[np.int64]
+    ordinal: NDArray[np.int64]
+    start: NDArray[np.int64]
+    """First token within the row."""
+    grid_h: NDArray[np.int64]
+    grid_w: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+
+
+def plan_step(
+    stream: RowStream,
+    cursor: Cursor,
+    global_batch_size: int,
+    micro_batch_size: int,
+    num_replicas: int,
+    world_size: int,
+    max_rows: int | None = None,
+) -> tuple[StepPlan, Cursor] | None:
+    """Plan the next step.
+
+    Args:
+        stream: the rows.
+        cursor: where the step starts.
+        global_batch_size: rows of the step.
+        micro_batch_size: rows of one forward pass.
+        num_replicas: data-parallel size.
+        world_size: ranks that share the pictures.
+        max_rows: take at most so many rows from the data; null: as many as there are.
+
+    Returns:
+        The plan and the place behind it; null where the data have ended. A last batch that they do
+        not fill is completed with rows of filler.
+
+    Raises:
+        ConfigError: the batch does not divide into micro-batches of all replicas.
+    """
+    wanted = global_batch_size if max_rows is None else min(global_batch_size, max_rows)
+    rows, cursor = stream.take(cursor, wanted)
+    if not rows:
+        return None
+    rows += [EMPTY_ROW] * (global_batch_size - len(rows))
+    return plan_rows(stream, rows, micro_batch_size, num_replicas, world_size), cursor
 
 
 def plan_rows(
-    source: RowSource,
-    row_numbers: Sequence[int],
+    stream: RowStream,
+    rows: Sequence[Row],
     micro_batch_size: int,
     num_replicas: int,
     world_size: int,
 ) -> StepPlan:
-    """Plan a batch of any rows.
+    """Plan a batch of given rows.
 
-    Micro-batch i of replica d takes the row numbers
-    [(i * num_replicas + d) * micro_batch_size + k], so the rows of a step, and the order in which
-    they are consumed, are the same for every layout.
+    Which rows a step consumes, and their order, is the same for every layout; where each of them
+    is computed follows from their attention (`assign_rows`).
 
     Args:
-        source: the rows.
-        row_numbers: one number per row of the batch; -1 stands for a row of filler.
+        stream: where the rows come from.
+        rows: all rows of the batch.
         micro_batch_size: rows of one forward pass.
         num_replicas: data-parallel size.
         world_size: ranks that share the pictures.
@@ -120,63 +209,103 @@ def plan_rows(
     Raises:
         ConfigError: the batch does not divide into micro-batches of all replicas.
     """
-    if not row_numbers or len(row_numbers) % (micro_batch_size * num_replicas):
+    if not rows or len(rows) % (micro_batch_size * num_replicas):
         raise ConfigError(
-            f"training.global_batch_size {len(row_numbers)} is not a multiple of "
+            f"training.global_batch_size {len(rows)} is not a multiple of "
             f"training.micro_batch_size {micro_batch_size} times the {num_replicas} data-parallel "
             "replicas; change the batch or the layout"
         )
-    rows = [source.row(number) if number >= 0 else EMPTY_ROW for number in row_numbers]
-    groups: list[list[MicroBatchPlan]] = [[] for _ in range(num_replicas)]
-    placed: list[tuple[int, int, int, int, int, int]] = []
-    for group, first in enumerate(range(0, len(rows), micro_batch_size)):
-        micro_batch, replica = divmod(group, num_replicas)
-        members = tuple(rows[first : first + micro_batch_size])
-        found = _place_pictures(source, members)
-        placed += [(replica, micro_batch, *picture) for picture in found]
-        spans = [picture[2:] for picture in found]
-        groups[replica].append(_micro_batch(members, source.seq_length, spans))
+    table = _Table.of(rows)
+    places = assign_rows(table.attention_costs(), micro_batch_size, num_replicas)
+    pictures = _find_pictures(stream, table)
+    segments = _Segments.of(table, stream.seq_length)
+    spans = np.stack([pictures.start, pictures.tokens], axis=1)
+    first_span = np.searchsorted(pictures.row, np.arange(len(rows) + 1)).tolist()
 
-    index = source.index
-    column = [index.picture_range(sample).start + ordinal for _, _, sample, ordinal, _, _ in placed]
-    grid_h, grid_w = source.grid_h[column], source.grid_w[column]
-    patches = grid_h * grid_w
-    ranks = assign_pictures(patches.astype(np.float64), world_size)
-    pictures = tuple(
-        PicturePlan(sample, ordinal, int(h), int(w), replica, micro, start, tokens, int(rank))
-        for (replica, micro, sample, ordinal, start, tokens), h, w, rank in zip(
-            placed, grid_h, grid_w, ranks, strict=True
-        )
+    replica_of, micro_of, base_of = (np.zeros(len(rows), np.int64) for _ in range(3))
+    micro_batches: list[tuple[MicroBatchPlan, ...]] = []
+    for replica, groups in enumerate(places):
+        planned = []
+        for number, group in enumerate(groups):
+            parts = []
+            for k, row in enumerate(group):
+                replica_of[row], micro_of[row] = replica, number
+                base_of[row] = k * stream.seq_length
+                part = spans[first_span[row] : first_span[row + 1]]
+                parts.append(part + (k * stream.seq_length, 0) if k else part)
+            planned.append(
+                segments.micro_batch(
+                    tuple(rows[row] for row in group),
+                    group,
+                    np.concatenate(parts) if len(parts) > 1 else parts[0],
+                )
+            )
+        micro_batches.append(tuple(planned))
+
+    patches = pictures.grid_h * pictures.grid_w
+    fields = (
+        pictures.document,
+        pictures.source,
+        pictures.sample,
+        pictures.ordinal,
+        pictures.grid_h,
+        pictures.grid_w,
+        replica_of[pictures.row],
+        micro_of[pictures.row],
+        pictures.start + base_of[pictures.row],
+        pictures.tokens,
+        assign_pictures(patches.astype(np.float64), world_size),
     )
-    samples = [segment.sample for row in rows for segment in row.segments]
+    planned_pictures = zip(*(field.tolist() for field in fields), strict=True)
     return StepPlan(
-        first_row=next((number for number in row_numbers if number >= 0), -1),
-        micro_batches=tuple(tuple(group) for group in groups),
-        pictures=pictures,
-        loss_tokens=int(index.columns.sample_loss_tokens[samples].sum(dtype=np.int64)),
-        tokens=int(source.lengths[samples].sum()),
-        documents=len(samples),
+        first_row=next((row.number for row in rows if row.number >= 0), -1),
+        micro_batches=tuple(micro_batches),
+        pictures=tuple(PicturePlan(*values) for values in planned_pictures),
+        document_loss_tokens=_loss_tokens(stream, table),
+        document_tokens=table.length,
         image_patches=int(patches.sum()),
     )
 
 
-def held_out_batches(
-    source: RowSource, global_batch_size: int, max_rows: int | None = None
-) -> list[list[int]]:
-    """Row numbers of one pass over a held-out set, in full batches; the last is filled with -1.
+def assign_rows(
+    costs: NDArray[np.float64], micro_batch_size: int, num_replicas: int
+) -> list[list[list[int]]]:
+    """Rows of each replica's micro-batches, balanced by their attention.
+
+    Every row costs the same but for its attention, which grows with the square of its samples'
+    lengths. Replicas wait for each other at every micro-batch where experts are spread over them,
+    and at the end of the step in any case. So micro-batch i of all replicas is made of rows that
+    are neighbours in cost, the dearest first, and each replica that has had least so far gets the
+    dearest of them. With one replica the order stays as it is.
 
     Args:
-        source: the held-out set; leave it unshuffled so that every pass is alike.
-        global_batch_size: rows of each batch.
-        max_rows: stop after this many rows; null takes the whole set.
+        costs: [rows] of each row.
+        micro_batch_size: rows of a micro-batch.
+        num_replicas: data-parallel size.
+
+    Returns:
+        Indexed [replica][micro-batch]: ascending places in `costs`.
     """
-    count = source.num_rows_per_epoch
-    count = count if max_rows is None else min(count, max_rows)
-    batches = []
-    for first in range(0, count, global_batch_size):
-        numbers = range(first, min(first + global_batch_size, count))
-        batches.append([*numbers, *[-1] * (global_batch_size - len(numbers))])
-    return batches
+    count = len(costs) // (micro_batch_size * num_replicas)
+    if num_replicas == 1:
+        rows = list(range(len(costs)))
+        return [[rows[i * micro_batch_size :][:micro_batch_size] for i in range(count)]]
+    # Rounded, so that no order hangs on the last bit of a sum.
+    order = np.argsort(-np.rint(costs), kind="stable").tolist()
+    groups: list[list[list[int]]] = [[[] for _ in range(count)] for _ in range(num_replicas)]
+    loads = [0.0] * num_replicas
+    for number in range(count):
+        first = number * micro_batch_size * num_replicas
+        for row in order[first : first + micro_batch_size * num_replicas]:
+            open_replicas = [
+                replica
+                for replica in range(num_replicas)
+                if len(groups[replica][number]) < micro_batch_size
+            ]
+            chosen = min(open_replicas, key=lambda replica: (loads[replica], replica))
+            groups[chosen][number].append(row)
+            loads[chosen] += float(costs[row])
+    return [[sorted(group) for group in replica] for replica in groups]
 
 
 def assign_pictures(costs: NDArray[np.float64], world_size: int) -> NDArray[np.int64]:
@@ -197,37 +326,126 @@ def assign_pictures(costs: NDArray[np.float64], world_size: int) -> NDArray[np.i
     return ranks
 
 
-def _place_pictures(source: RowSource, rows: tuple[Row, ...]) -> list[tuple[int, int, int, int]]:
-    """(sample, ordinal, start in the micro-batch, tokens) of every picture, in order."""
-    found = []
-    for k, row in enumerate(rows):
-        for segment in row.segments:
-            base = k * source.seq_length + segment.start
-            starts, tokens = source.picture_spans(segment.sample)
-            for ordinal, (start, count) in enumerate(zip(starts, tokens, strict=True)):
-                found.append((segment.sample, ordinal, base + int(start), int(count)))
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """All samples of some rows, in order; each int64 [samples] but for the bounds."""
+
+    bounds: NDArray[np.int64]
+    """[rows + 1] samples of each row."""
+    row: NDArray[np.int64]
+    source: NDArray[np.int64]
+    sample: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    padded: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> _Table:
+        counts = [len(row.sample) for row in rows]
+        columns = [
+            np.concatenate([getattr(row, name) for row in rows]).astype(np.int64)
+            for name in ("source", "sample", "offset", "start", "length", "padded")
+        ]
+        return cls(np.cumsum([0, *counts]), np.repeat(np.arange(len(rows)), counts), *columns)
+
+    def attention_costs(self) -> NDArray[np.float64]:
+        """[rows] what each row's attention costs, relative."""
+        squares = np.square(self.padded, dtype=np.float64)
+        return np.bincount(self.row, squares, minlength=len(self.bounds) - 1)
+
+    def by_source(self) -> list[tuple[int, NDArray[np.int64]]]:
+        """Places of each source's samples."""
+        return [(int(n), np.flatnonzero(self.source == n)) for n in np.unique(self.source)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Segments:
+    """All segments of some rows: their samples, and each row's unused tail."""
+
+    bounds: list[int]
+    """[rows + 1] segments of each row."""
+    padded: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    documents: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, table: _Table, seq_length: int) -> _Segments:
+        rows = len(table.bounds) - 1
+        used = np.bincount(table.row, table.padded, minlength=rows).astype(np.int64)
+        short = np.flatnonzero(used < seq_length)
+        at = table.bounds[short + 1]
+        counts = np.diff(table.bounds)
+        counts[short] += 1
+        return cls(
+            np.cumsum([0, *counts]).tolist(),
+            np.insert(table.padded, at, seq_length - used[short]).astype(np.int32),
+            np.insert(table.length, at, 0).astype(np.int32),
+            np.insert(np.arange(len(table.length)), at, -1).astype(np.int32),
+        )
+
+    def micro_batch(
+        self, rows: tuple[Row, ...], numbers: Sequence[int], spans: NDArray[np.int64]
+    ) -> MicroBatchPlan:
+        """The micro-batch of some rows, by their numbers."""
+        parts = [slice(self.bounds[number], self.bounds[number + 1]) for number in numbers]
+        padded, lengths, documents = (
+            column[parts[0]] if len(parts) == 1 else np.concatenate([column[p] for p in parts])
+            for column in (self.padded, self.lengths, self.documents)
+        )
+        bounds = np.zeros(len(padded) + 1, np.int32)
+        np.cumsum(padded, out=bounds[1:])
+        return MicroBatchPlan(rows, bounds, lengths, documents, int(padded.max()), spans)
+
+
+def _find_pictures(stream: RowStream, table: _Table) -> _Pictures:
+    row, sample, offset = table.row, table.sample, table.offset
+    length, start = table.length, table.start
+    parts = []
+    for number, mine in table.by_source():
+        samples: SampleSet = stream.sources[number].samples
+        columns = samples.index.columns
+        first = columns.sample_picture_start[sample[mine]]
+        counts = columns.sample_picture_start[sample[mine] + 1] - first
+        document = np.repeat(mine, counts)
+        if not document.size:
+            continue
+        runs = np.cumsum(counts) - counts
+        ordinal = np.arange(len(document)) - np.repeat(runs, counts)
+        place = np.repeat(first, counts) + ordinal
+        shapes = samples.shapes(place)
+        # Within its sample, each picture comes after those before it have grown from a placeholder.
+        grown = np.cumsum(shapes.tokens - 1) - (shapes.tokens - 1)
+        grown -= np.repeat(grown[np.minimum(runs, len(grown) - 1)], counts)
+        inside = columns.picture_position[place] + grown - offset[document]
+        kept = np.flatnonzero((inside >= 0) & (inside < length[document]))
+        parts.append(
+            (
+                row[document][kept],
+                document[kept],
+                np.full(len(kept), number),
+                sample[document][kept],
+                ordinal[kept],
+                (start[document] + inside)[kept],
+                shapes.grid_h[kept],
+                shapes.grid_w[kept],
+                shapes.tokens[kept],
+            )
+        )
+    if not parts:
+        return _Pictures(*(np.zeros(0, np.int64) for _ in range(9)))
+    columns_of = [np.concatenate([part[i] for part in parts]) for i in range(9)]
+    order = np.lexsort((columns_of[4], columns_of[1]))
+    return _Pictures(*(column[order] for column in columns_of))
+
+
+def _loss_tokens(stream: RowStream, table: _Table) -> NDArray[np.int64]:
+    found = np.zeros(len(table.sample), np.int64)
+    for number, mine in table.by_source():
+        pieces = Pieces(
+            table.sample[mine],
+            table.offset[mine].astype(np.int32),
+            table.length[mine].astype(np.int32),
+        )
+        found[mine] = stream.sources[number].samples.loss_tokens(pieces)
     return found
-
-
-def _micro_batch(
-    rows: tuple[Row, ...], seq_length: int, spans: Sequence[tuple[int, int]]
-) -> MicroBatchPlan:
-    padded: list[int] = []
-    lengths: list[int] = []
-    for row in rows:
-        used = 0
-        for segment in row.segments:
-            padded.append(segment.padded)
-            lengths.append(segment.length)
-            used += segment.padded
-        if used < seq_length:
-            padded.append(seq_length - used)
-            lengths.append(0)
-    bounds = np.concatenate(([0], np.cumsum(padded))).astype(np.int32)
-    return MicroBatchPlan(
-        rows=rows,
-        cu_seqlens=bounds,
-        segment_lengths=np.asarray(lengths, dtype=np.int32),
-        max_seqlen=max(padded),
-        picture_spans=np.asarray(spans, dtype=np.int64).reshape(-1, 2),
-    )

@@ -65,7 +65,10 @@ def training_facts(candidate: Candidate, history: History) -> dict[str, Any]:
         "frozen": state.get("frozen", []),
         "seed": config.training.seed,
         "data": {
-            "train": [_data_set(config.data.train, state.get("data", {}))],
+            "train": [
+                _data_set(source.path, state.get("data", {}), name)
+                for name, source in config.data.train.items()
+            ],
             "validation": {name: _data_set(path) for name, path in config.data.validation.items()},
         },
         "optimizer": config.optimizer.model_dump(mode="json"),
@@ -86,7 +89,10 @@ def with_short_paths(config: RunConfig) -> RunConfig:
             "run_dir": Path(config.run_dir).name,
             "data": data.model_copy(
                 update={
-                    "train": data.train and Path(data.train).name,
+                    "train": {
+                        name: source.model_copy(update={"path": Path(source.path).name})
+                        for name, source in data.train.items()
+                    },
                     "validation": {name: Path(path).name for name, path in data.validation.items()},
                 }
             ),

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 
 from megatron_vlm.config.schema import RunConfig
-from megatron_vlm.data.loader import RankView, StepLoader
-from megatron_vlm.data.plan import held_out_batches
-from megatron_vlm.data.rows import RowSource
+from megatron_vlm.data.decoders import PictureDecoder
 from megatron_vlm.engine.step import TrainStep
-from megatron_vlm.training.datasets import OpenDataset, decode_threads
+from megatron_vlm.training.datasets import OpenData
+from megatron_vlm.training.feed import agreed, open_loader, rank_view
 
 
 def validate(
-    config: RunConfig, step: TrainStep, sets: dict[str, OpenDataset], view: RankView
+    config: RunConfig, step: TrainStep, sets: dict[str, OpenData], decoder: PictureDecoder
 ) -> dict[str, float]:
     """Token-weighted losses: `validation_loss` over all sets, `validation_loss_NAME` for each.
 
@@ -26,7 +25,7 @@ def validate(
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     for name, data in sets.items():
-        found, totals = _one_set(config, step, data, view)
+        found, totals = _one_set(config, step, data, decoder)
         metrics[f"validation_loss_{name}"] = _total(main, found, totals)
         for loss in weights:
             sums[loss] += found[loss]
@@ -42,27 +41,21 @@ def _total(weights: dict[str, float], sums: dict[str, float], counts: dict[str, 
 
 
 def _one_set(
-    config: RunConfig, step: TrainStep, data: OpenDataset, view: RankView
+    config: RunConfig, step: TrainStep, data: OpenData, decoder: PictureDecoder
 ) -> tuple[dict[str, float], dict[str, float]]:
-    training = config.training
-    source: RowSource = data.source
-    batches = held_out_batches(source, training.global_batch_size, training.eval_rows)
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
-    loader = StepLoader(
-        source,
-        data.reader,
-        view,
-        global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        vision=config.model.vision,
+    loader = open_loader(
+        config,
+        data,
+        rank_view(step.topology),
+        decoder,
         prefetch_steps=min(1, config.data.prefetch_steps),
-        decode_threads=decode_threads(config),
-        batches=batches,
+        max_rows=config.training.eval_rows,
     )
     with loader:
         for loaded in loader:
-            found, totals = step.evaluate(loaded)
+            found, totals = step.evaluate(agreed(loaded, config, data, step.topology))
             for loss, value in found.items():
                 sums[loss] += value
                 counts[loss] += totals[loss]

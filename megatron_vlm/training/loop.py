@@ -28,7 +28,9 @@ from megatron_vlm.checkpoint.checkpointer import (
 )
 from megatron_vlm.checkpoint.folder import write_atomically
 from megatron_vlm.config import RunConfig, dump_yaml, with_absolute_paths
-from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
+from megatron_vlm.data.decoders import choose_decoder
+from megatron_vlm.data.loader import LoadedStep, StepLoader
+from megatron_vlm.data.stream import Cursor
 from megatron_vlm.engine.objective import Objective, build_objective
 from megatron_vlm.engine.routers import update_bias
 from megatron_vlm.engine.step import StepResult, TrainStep
@@ -44,13 +46,13 @@ from megatron_vlm.topology.layout import Layout, resolve_layout
 from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
 from megatron_vlm.training.console import StepBar, logger, open_logs
 from megatron_vlm.training.datasets import (
-    OpenDataset,
+    OpenData,
     data_stream,
-    decode_threads,
     left_out,
-    open_held_out_sets,
-    open_training_set,
+    open_held_out_data,
+    open_training_data,
 )
+from megatron_vlm.training.feed import agreed, open_loader, rank_view
 from megatron_vlm.training.held_out import validate
 from megatron_vlm.training.metrics import (
     MetricsWriter,
@@ -75,12 +77,12 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     """
     world = world or detect_world()
     layout = resolve_layout(config, world.world_size)
-    training_set, held_out = open_training_set(config), open_held_out_sets(config)
+    data, held_out = open_training_data(config), open_held_out_data(config)
     device = start_distributed(world)
     failed = True
     try:
         topology = build_topology(layout, device)
-        run = Run(config, topology, training_set, held_out)
+        run = Run(config, topology, data, held_out)
         progress = run.run()
         failed = False
     finally:
@@ -99,13 +101,14 @@ class Run:
         self,
         config: RunConfig,
         topology: Topology,
-        training_set: OpenDataset,
-        held_out: dict[str, OpenDataset],
+        data: OpenData,
+        held_out: dict[str, OpenData],
     ) -> None:
         self.config, self.topology = config, topology
         self.interrupted = False
         """Whether Ctrl-C has ended the run."""
-        self.data, self.held_out = training_set, held_out
+        self.data, self.held_out = data, held_out
+        self.decoder = choose_decoder(config.data.decoder, topology.device)
         self.run_dir = Path(config.run_dir)
         self.is_main = topology.rank == 0
         self._lock = hold_run_dir(config)
@@ -115,10 +118,11 @@ class Run:
         model = build_model(config, topology, self.objective.predicts_ahead)
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
-        self._tokenizer = training_set.source.index.tokenizer_path.read_text()
-        self._stream = data_stream(config, training_set)
+        self._tokenizer = data.stream.sources[0].samples.index.tokenizer_path.read_text()
+        self._stream = data_stream(config, data)
         self.checkpointer = Checkpointer(config, self._tokenizer, self._stream)
         self.progress = self._restore()
+        self._step_started = self._waited = 0.0
         self.step = TrainStep(
             config,
             topology,
@@ -144,16 +148,21 @@ class Run:
         self._announce()
         writer = MetricsWriter(self.run_dir, progress.iteration) if self.is_main else None
         saved_at = progress.iteration
-        asked = False
+        asked = ended = False
         with StopRequest() as request, _short_collections():
             with (
                 StepBar(progress.iteration, total, self.is_main) as bar,
                 self._loader() as loader,
             ):
-                while progress.iteration < total and not asked:
-                    metrics = self._one_step(loader)
+                while progress.iteration < total and not asked and not ended:
+                    loaded = self._next(loader)
+                    if loaded is None:  # resumed where the data had ended already
+                        ended = True
+                        break
+                    metrics = self._one_step(loaded)
+                    ended = loaded.is_last
                     asked = self._anyone(request.received is not None)
-                    ends = progress.iteration == total
+                    ends = ended or progress.iteration == total
                     # Who sends a signal may kill soon after: what counts then is the save.
                     validated: dict[str, float] = {}
                     if (ends or self._due(config.training.eval_interval)) and not asked:
@@ -186,7 +195,7 @@ class Run:
             self._lock.release()
         self.interrupted = request.received == signal.SIGINT
         if self.is_main:
-            self._farewell(asked and progress.iteration < total)
+            self._farewell(asked and progress.iteration < total, ended)
         return progress
 
     def _save(self) -> None:
@@ -197,18 +206,28 @@ class Run:
             seconds = time.perf_counter() - started
             logger.info("iteration %d %s (%.1f s)", self.progress.iteration, how, seconds)
 
-    def _farewell(self, stopped: bool) -> None:
+    def _farewell(self, stopped: bool, ended: bool) -> None:
         iteration = self.progress.iteration
-        if stopped:
+        if ended:
+            logger.info(
+                "every source of data.train has had its max_epochs: the run ends at iteration %d",
+                iteration,
+            )
+        elif stopped:
             logger.info("asked to stop: saved iteration %d and left", iteration)
         else:
             place = self.run_dir / "checkpoints"
             logger.info("done at iteration %d; checkpoints are in %s", iteration, place)
 
-    def _one_step(self, loader: StepLoader) -> dict[str, Any]:
+    def _next(self, loader: StepLoader) -> LoadedStep | None:
+        """The next step, without what could not be read; null where the data have ended."""
+        self._step_started, waited = time.perf_counter(), loader.wait_seconds
+        loaded = next(loader, None)
+        self._waited = loader.wait_seconds - waited
+        return loaded and agreed(loaded, self.config, self.data, self.topology)
+
+    def _one_step(self, loaded: LoadedStep) -> dict[str, Any]:
         config, progress = self.config, self.progress
-        started, waited = time.perf_counter(), loader.wait_seconds
-        loaded: LoadedStep = next(loader)
         iteration = progress.iteration + 1
         seed_step(config.training.seed, iteration)
         rate = learning_rate(config, iteration)
@@ -216,8 +235,8 @@ class Run:
         result = self.step.train(loaded)
         norm = self._update(result, rate)
         self._advance(loaded, norm)
-        elapsed = time.perf_counter() - started
-        return self._metrics(loaded, result, norm, rate, elapsed, loader.wait_seconds - waited)
+        elapsed = time.perf_counter() - self._step_started
+        return self._metrics(loaded, result, norm, rate, elapsed, self._waited)
 
     def _update(self, result: StepResult, rate: float) -> float:
         """Step the optimizer and the router bias, or neither."""
@@ -236,9 +255,11 @@ class Run:
     def _advance(self, loaded: LoadedStep, norm: float) -> None:
         progress, limit = self.progress, self.config.training.skip_non_finite_limit
         progress.iteration += 1
-        progress.consumed_samples += self.config.training.global_batch_size
+        progress.cursor = loaded.cursor.as_json()
+        progress.consumed_samples = loaded.cursor.rows
         progress.consumed_documents += loaded.plan.documents
         progress.consumed_tokens += loaded.plan.tokens
+        progress.failed_samples += loaded.plan.failed
         progress.optimizer_steps = self.trainable.steps
         if math.isfinite(norm):
             progress.failures_in_a_row = 0
@@ -287,6 +308,7 @@ class Run:
             "vision_imbalance": vision_imbalance(plan, config, world),
             "skipped_iterations": self.progress.skipped_iterations,
             "nan_iterations": self.progress.nan_iterations,
+            "failed_samples": self.progress.failed_samples,
         }
         if result.load_balancing_loss is not None:
             metrics["load_balancing_loss"] = result.load_balancing_loss
@@ -296,30 +318,17 @@ class Run:
     def _validate(self) -> dict[str, float]:
         if not self.held_out:
             return {}
-        return validate(self.config, self.step, self.held_out, self._view())
-
-    def _view(self) -> RankView:
-        topology = self.topology
-        return RankView(
-            rank=topology.rank,
-            world_size=topology.layout.world_size,
-            replica=topology.coordinates.dp,
-            num_replicas=topology.layout.dp,
-            needs_text=topology.embeds_tokens or topology.computes_loss,
-        )
+        return validate(self.config, self.step, self.held_out, self.decoder)
 
     def _loader(self) -> StepLoader:
-        config = self.config
-        return StepLoader(
-            self.data.source,
-            self.data.reader,
-            self._view(),
-            self.progress.consumed_samples,
-            global_batch_size=config.training.global_batch_size,
-            micro_batch_size=config.training.micro_batch_size,
-            vision=config.model.vision,
-            prefetch_steps=config.data.prefetch_steps,
-            decode_threads=decode_threads(config),
+        cursor = self.progress.cursor
+        return open_loader(
+            self.config,
+            self.data,
+            rank_view(self.topology),
+            self.decoder,
+            None if cursor is None else Cursor.from_json(cursor),
+            prefetch_steps=self.config.data.prefetch_steps,
         )
 
     def _restore(self) -> Progress:
@@ -356,7 +365,7 @@ class Run:
             self.config.training.precision,
             self.run_dir,
         )
-        for line in left_out(self.data, self.held_out):
+        for line in left_out(self.data, self.held_out.values()):
             logger.warning("%s", line)
         done, total = self.progress.iteration, self.config.training.train_iters
         if done >= total:
