@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from megatron_vlm.data.build_progress import build_progress
 from megatron_vlm.data.chat import CHAT_SETTINGS, encode_conversation
@@ -26,6 +25,7 @@ from megatron_vlm.data.format import (
     DEFAULT_SHARD_MB,
     FORMAT_VERSION,
     INDEX_FILE,
+    ORIGINS_FILE,
     REJECTED_FILE,
     TOKENIZER_FILE,
     build_folders,
@@ -37,6 +37,7 @@ from megatron_vlm.data.format import (
     write_synced,
 )
 from megatron_vlm.data.geometry import check_sizes
+from megatron_vlm.data.index_file import write_columns
 from megatron_vlm.data.ordered import Reserve, map_ordered, usable_cores
 from megatron_vlm.data.pictures import check_picture
 from megatron_vlm.data.shards import EncodedPicture, EncodedSample, ShardWriter, sample_digest
@@ -130,7 +131,7 @@ def build_dataset(
                 raise DataError(
                     f"{source}: all {len(entries)} samples are bad; the first: {rejected[0].reason}"
                 )
-            return _publish(writer, out, tokenizer, rejected)
+            return _publish(writer, out, tokenizer, rejected, (source.name,))
         finally:
             writer.abort()
             if building.exists():
@@ -199,29 +200,40 @@ def _write_samples(
 
 
 def _publish(
-    writer: ShardWriter, out: Path, tokenizer: Tokenizer, rejected: list[Rejection]
+    writer: ShardWriter,
+    out: Path,
+    tokenizer: Tokenizer,
+    rejected: list[Rejection],
+    origins: Sequence[str],
 ) -> BuildSummary:
     """Complete the files, move them to a folder of their own, and switch `dataset.json` to it."""
     building = out / BUILDING_FOLDER
     shards = writer.finish()
     columns = writer.columns()
-    index = save(columns, metadata={"format_version": str(FORMAT_VERSION)})
+    pictures = len(columns["picture_size"])
+    index_bytes, index_digest = write_columns(
+        *(building / INDEX_FILE, len(columns["sample_entry"]), pictures),
+        lambda name: (columns[name],),
+    )
+    sync(building / INDEX_FILE)
+    names = (json.dumps(list(origins)) + "\n").encode()
+    write_synced(building / ORIGINS_FILE, names)
     tokenizer_json = tokenizer.to_json().encode()
     lines = [json.dumps({"index": r.index, "id": r.id, "reason": r.reason}) for r in rejected]
     rejections = "".join(line + "\n" for line in lines).encode()
     write_synced(building / REJECTED_FILE, rejections)
     write_synced(building / TOKENIZER_FILE, tokenizer_json)
-    write_synced(building / INDEX_FILE, index)
 
     # What all files follow from, the shards included: equal names mean equal files.
     parts = (
         *(writer.content_sha256(), writer.entries_sha256()),
-        *(sha256(content) for content in (index, tokenizer_json, rejections)),
+        index_digest,
+        *(sha256(content) for content in (names, tokenizer_json, rejections)),
     )
     folder = out / sha256("".join(parts).encode())[:16]
     summary = BuildSummary(
         folder=folder,
-        samples=len(columns["sample_key"]),
+        samples=len(columns["sample_entry"]),
         pictures=len(columns["picture_size"]),
         text_tokens=int(columns["sample_text_tokens"].sum(dtype=np.int64)),
         loss_tokens=int(columns["sample_loss_tokens"].sum(dtype=np.int64)),
@@ -231,6 +243,9 @@ def _publish(
     record = {
         "format_version": FORMAT_VERSION,
         "folder": folder.name,
+        "kind": "conversation",
+        "coordinates": {"convention": "relative"},
+        "video": None,
         "samples": summary.samples,
         "pictures": summary.pictures,
         "text_tokens": summary.text_tokens,
@@ -238,7 +253,8 @@ def _publish(
         "rejected": len(rejected),
         "content_sha256": writer.content_sha256(),
         "shards": shards,
-        "index": {"name": INDEX_FILE, "bytes": len(index)},
+        "index": {"name": INDEX_FILE, "bytes": index_bytes},
+        "origins": {"name": ORIGINS_FILE, "bytes": len(names), "count": len(origins)},
         "tokenizer": {
             "name": TOKENIZER_FILE,
             "sha256": sha256(tokenizer_json),
@@ -251,7 +267,7 @@ def _publish(
     try:
         for shard in shards:
             os.replace(building / shard["name"], folder / shard["name"])
-        for name in (REJECTED_FILE, TOKENIZER_FILE, INDEX_FILE):
+        for name in (REJECTED_FILE, TOKENIZER_FILE, ORIGINS_FILE, INDEX_FILE):
             os.replace(building / name, folder / name)
         sync(folder)
         write_atomic(out / DATASET_FILE, (json.dumps(record, indent=2) + "\n").encode())

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the layout below; a reader refuses any other."""
 
 DEFAULT_SHARD_MB = 256
@@ -21,6 +21,7 @@ DEFAULT_SHARD_MB = 256
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+ORIGINS_FILE = "origins.json"
 REJECTED_FILE = "rejected.jsonl"
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -28,11 +29,18 @@ BUILDING_FOLDER = "building.tmp"
 """Where a build's files lie until all of them are complete."""
 
 _BUILD_NAME = re.compile(r"[0-9a-f]{16}")
-_BUILD_FILE = re.compile(r"shard-\d{5,}\.tar|index\.safetensors|tokenizer\.json|rejected\.jsonl")
+_BUILD_FILE = re.compile(
+    r"shard-\d{5,}\.tar|index\.safetensors|tokenizer\.json|origins\.json|rejected\.jsonl"
+)
+
+STILL = -(2**63)
+"""`picture_pts` of a picture that is no frame of a video."""
 
 COLUMNS: dict[str, str] = {
     # One entry a sample.
-    "sample_key": "int64",
+    "sample_entry": "int64",
+    "sample_draft": "int32",
+    "sample_origin": "int32",
     "sample_shard": "int32",
     "sample_offset": "int64",
     "sample_size": "int64",
@@ -40,16 +48,25 @@ COLUMNS: dict[str, str] = {
     "sample_loss_tokens": "int32",
     # One entry more than samples: sample i owns pictures [start[i], start[i + 1]).
     "sample_picture_start": "int64",
-    # One entry a picture, in the order of the samples.
+    # One entry a picture or frame, in the order of the samples.
     "picture_shard": "int32",
     "picture_offset": "int64",
     "picture_size": "int64",
     "picture_height": "int32",
     "picture_width": "int32",
     "picture_position": "int32",
+    "picture_max_tokens": "int32",
+    "picture_pts": "int64",
 }
-"""Columns of the index and their types; `megatron_vlm.data.index.DatasetIndex` says what each is.
+"""Columns of the index and their types; `megatron_vlm.data.index.IndexColumns` says what each is.
 """
+
+
+def column_length(name: str, samples: int, pictures: int) -> int:
+    """Entries of a column."""
+    if name == "sample_picture_start":
+        return samples + 1
+    return samples if name.startswith("sample_") else pictures
 
 
 def shard_name(number: int) -> str:
@@ -57,9 +74,10 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
-def sample_key_name(key: int) -> str:
-    """Base name of a sample's members: its place in the source list, zero-padded."""
-    return f"{key:09d}"
+def member_key(entry: int, draft: int) -> str:
+    """Base name of a sample's members: its entry's number, then its place among the entry's samples
+    unless it is the first. Without a dot, at which WebDataset would end it."""
+    return f"{entry:09d}-{draft}" if draft else f"{entry:09d}"
 
 
 def is_build_name(name: str) -> bool:

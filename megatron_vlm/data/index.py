@@ -7,35 +7,55 @@ set of any size costs one pass over them, and no decoding.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Required, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
+from megatron_vlm.data.draft import SampleKind
 from megatron_vlm.data.format import (
-    COLUMNS,
     DATASET_FILE,
     FORMAT_VERSION,
     INDEX_FILE,
+    ORIGINS_FILE,
     TOKENIZER_FILE,
     is_build_name,
-    sample_key_name,
+    member_key,
 )
+from megatron_vlm.data.index_file import Limits, check_columns, find_columns, map_columns
 from megatron_vlm.data.tokenizer import SpecialIds, sha256
 from megatron_vlm.errors import DataError
 
-_NUMPY_OF_SAFETENSORS = {"I32": "int32", "I64": "int64"}
+
+class Coordinates(TypedDict, total=False):
+    """How coordinates are written in the samples' text."""
+
+    convention: Required[Literal["relative", "absolute"]]
+    """`relative`: thousandths of the picture's sides. `absolute`: pixels of the picture as the
+    model sees it, after the rule below, which `relative` lacks."""
+    min_pixels: int
+    """Smaller pictures are enlarged to this many pixels."""
+    max_pixels: int
+    """Larger pictures are reduced to this many pixels."""
+    unit: int
+    """Both sides are multiples of this many pixels."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IndexColumns:
     """The flat columns. Offsets and sizes in bytes, heights and widths in pixels."""
 
-    sample_key: NDArray[np.int64]
-    """[samples] place in the source list; the members' base name is this, zero-padded."""
+    sample_entry: NDArray[np.int64]
+    """[samples] number of its entry in the source."""
+    sample_draft: NDArray[np.int32]
+    """[samples] place among the samples of its entry; with the entry's number it gives the base
+    name of the members (`format.member_key`)."""
+    sample_origin: NDArray[np.int32]
+    """[samples] place in `DatasetIndex.origins` of the file that it comes from."""
     sample_shard: NDArray[np.int32]
     """[samples] shard that holds the sample's tokens."""
     sample_offset: NDArray[np.int64]
@@ -49,17 +69,23 @@ class IndexColumns:
     sample_picture_start: NDArray[np.int64]
     """[samples + 1] sample i owns pictures [start[i], start[i + 1])."""
     picture_shard: NDArray[np.int32]
-    """[pictures] shard that holds the picture."""
+    """[pictures] shard that holds the picture, or the video that it is a frame of."""
     picture_offset: NDArray[np.int64]
-    """[pictures] first byte of the encoded picture within the tar."""
+    """[pictures] first byte of the encoded picture or video within the tar; samples of one entry
+    may share it, and the frames of a video do."""
     picture_size: NDArray[np.int64]
-    """[pictures] bytes of the encoded picture."""
+    """[pictures] bytes of the encoded picture or video."""
     picture_height: NDArray[np.int32]
-    """[pictures] height after the EXIF orientation."""
+    """[pictures] height, upright."""
     picture_width: NDArray[np.int32]
-    """[pictures] width after the EXIF orientation."""
+    """[pictures] width, upright."""
     picture_position: NDArray[np.int32]
     """[pictures] place of its placeholder among the sample's text tokens."""
+    picture_max_tokens: NDArray[np.int32]
+    """[pictures] most language tokens it may take; 0: as many as the model's rule gives."""
+    picture_pts: NDArray[np.int64]
+    """[pictures] presentation time of a frame in its stream's time base; `format.STILL` for a
+    picture."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,15 +107,21 @@ class DatasetIndex:
     tokenizer_sha256: str
     """SHA-256 of `tokenizer.json`; sets that agree here share their token ids."""
     content_sha256: str
-    """SHA-256 over every sample's tokens, loss flags and pictures, in order: sets that agree here
+    """SHA-256 over every sample's tokens, loss flags and media, in order: sets that agree here
     show a model the same, whatever the size of their shards."""
+    kind: SampleKind
+    """What its samples are; those of a preference set come in pairs: chosen, then rejected."""
+    coordinates: Coordinates
+    """How coordinates are written in its text."""
+    video: Mapping[str, Any] | None
+    """How its videos' frames were chosen: `fps`, `max_tokens`, `levels`; null: it has none."""
     columns: IndexColumns
     """Metadata of every sample and picture."""
 
     @property
     def num_samples(self) -> int:
         """Samples in the set."""
-        return len(self.columns.sample_key)
+        return len(self.columns.sample_entry)
 
     @property
     def num_pictures(self) -> int:
@@ -106,17 +138,36 @@ class DatasetIndex:
         start = self.columns.sample_picture_start
         return range(int(start[sample]), int(start[sample + 1]))
 
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Names of the source's files, read when first asked for.
+
+        Raises:
+            DataError: their list is missing or damaged.
+        """
+        return _read_origins(self.folder / ORIGINS_FILE)
+
     def describe(self, sample: int) -> str:
-        """Names a sample in a message: its number, and the member to look for in which shard."""
-        key = sample_key_name(int(self.columns.sample_key[sample]))
-        shard = self.shard_names[int(self.columns.sample_shard[sample])]
-        return f"{self.path}: sample {sample} ({key}.json in {shard})"
+        """Names a sample in a message: its number, where it comes from, and where it lies."""
+        columns = self.columns
+        entry, draft = int(columns.sample_entry[sample]), int(columns.sample_draft[sample])
+        origin = int(columns.sample_origin[sample])
+        try:
+            name = self.origins[origin]
+        except (DataError, IndexError):  # it only helps to say what is wrong elsewhere
+            name = f"file {origin} of the source"
+        shard = self.shard_names[int(columns.sample_shard[sample])]
+        which = f"entry {entry}" + (f", sample {draft} of it" if draft else "")
+        return (
+            f"{self.path}: sample {sample} ({which}, from {name}; "
+            f"{member_key(entry, draft)}.json in {shard})"
+        )
 
 
 def open_dataset(path: str | Path) -> DatasetIndex:
     """Open a built data set and check that it is whole.
 
-    The columns are checked in one pass and stay mapped from the disk; no sample is read.
+    The columns are checked in one pass of plain reads and then mapped; no sample is read.
 
     Raises:
         DataError: the folder or a file is missing, the version is unknown, a shard's size differs
@@ -134,7 +185,9 @@ def open_dataset(path: str | Path) -> DatasetIndex:
         shard_sizes = tuple(int(shard["bytes"]) for shard in record["shards"])
         counts = (int(record["samples"]), int(record["pictures"]))
         index_bytes = int(record["index"]["bytes"])
-        content = str(record["content_sha256"])
+        content, kind = str(record["content_sha256"]), record["kind"]
+        coordinates, video = record["coordinates"], record["video"]
+        origins, origins_bytes = int(record["origins"]["count"]), int(record["origins"]["bytes"])
         tokenizer = record["tokenizer"]
         special_ids = SpecialIds.from_names(tokenizer["special_tokens"])
         vocab_size, digest = int(tokenizer["vocab_size"]), str(tokenizer["sha256"])
@@ -148,17 +201,24 @@ def open_dataset(path: str | Path) -> DatasetIndex:
             f"{given / DATASET_FILE}: folder {build!r} or a shard's name is not a plain name; "
             "build the data set again"
         )
+    if kind not in get_args(SampleKind) or not _are_coordinates(coordinates):
+        raise DataError(
+            f"{given / DATASET_FILE}: kind {kind!r} or coordinates {coordinates!r} unknown; build "
+            "the data set again with this version"
+        )
     folder = given / build
     for name, size in zip(shard_names, shard_sizes, strict=True):
         _check_size(folder / name, size)
     _check_size(folder / INDEX_FILE, index_bytes)
+    _check_size(folder / ORIGINS_FILE, origins_bytes)
     if sha256(_read_bytes(folder / TOKENIZER_FILE)) != digest:
         raise DataError(
             f"{folder / TOKENIZER_FILE}: differs from the tokenizer that the samples were encoded "
             "with; restore it or build the data set again"
         )
-    columns = _map_columns(folder / INDEX_FILE)
-    _check_columns(folder / INDEX_FILE, columns, counts, np.asarray(shard_sizes, dtype=np.int64))
+    places = find_columns(folder / INDEX_FILE)
+    limits = Limits(*counts, shard_sizes, origins, kind)
+    check_columns(folder / INDEX_FILE, places, limits)
     return DatasetIndex(
         path=given,
         folder=folder,
@@ -168,7 +228,10 @@ def open_dataset(path: str | Path) -> DatasetIndex:
         vocab_size=vocab_size,
         tokenizer_sha256=digest,
         content_sha256=content,
-        columns=columns,
+        kind=kind,
+        coordinates=coordinates,
+        video=video,
+        columns=IndexColumns(**map_columns(folder / INDEX_FILE, places)),
     )
 
 
@@ -213,64 +276,22 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _map_columns(path: Path) -> IndexColumns:
-    """Map the columns read-only.
+def _are_coordinates(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    rule = [value.get(name) for name in ("min_pixels", "max_pixels", "unit")]
+    if value.get("convention") == "absolute":
+        return all(isinstance(number, int) and number > 0 for number in rule)
+    return value.get("convention") == "relative"
 
-    safetensors checks the file and its header, but copies arrays out of it; the offsets in the
-    header (the format: 8 bytes of length, JSON, raw arrays) let numpy map them in place.
-    """
+
+@lru_cache(maxsize=4)
+def _read_origins(path: Path) -> tuple[str, ...]:
+    # A build's folder is named by its content, so what was read once stays right.
     try:
-        with safe_open(str(path), framework="np") as checked:
-            names = set(checked.keys())
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(header_bytes))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable index ({error}); build it again") from error
-    if names != set(COLUMNS):
-        raise DataError(
-            f"{path}: columns missing or unknown: {sorted(names ^ set(COLUMNS))}; build it again"
-        )
-    arrays: dict[str, NDArray[Any]] = {}
-    for name, dtype in COLUMNS.items():
-        entry = header[name]
-        if _NUMPY_OF_SAFETENSORS.get(entry["dtype"]) != dtype or len(entry["shape"]) != 1:
-            raise DataError(
-                f"{path}: column {name} is {entry['dtype']}{entry['shape']}, expected one "
-                f"dimension of {dtype}; build it again"
-            )
-        length = entry["shape"][0]
-        if not length:  # an empty range cannot be mapped
-            arrays[name] = np.empty(0, dtype)
-            continue
-        start = 8 + header_bytes + entry["data_offsets"][0]
-        # As plain arrays: reading single entries through the memmap class is several times slower.
-        arrays[name] = np.memmap(path, dtype, "r", start, (length,)).view(np.ndarray)
-    return IndexColumns(**arrays)
-
-
-def _check_columns(
-    path: Path,
-    columns: IndexColumns,
-    counts: tuple[int, int],
-    shard_sizes: NDArray[np.int64],
-) -> None:
-    samples, pictures = counts
-    for field in fields(columns):
-        expected = samples if field.name.startswith("sample_") else pictures
-        expected += field.name == "sample_picture_start"
-        if len(getattr(columns, field.name)) != expected:
-            raise DataError(
-                f"{path}: column {field.name} has {len(getattr(columns, field.name))} entries, "
-                f"but {DATASET_FILE} implies {expected}; build it again"
-            )
-    start = columns.sample_picture_start
-    fits = start[0] == 0 and start[-1] == pictures and bool(np.all(np.diff(start) >= 0))
-    for shard, offset, size in (
-        (columns.sample_shard, columns.sample_offset, columns.sample_size),
-        (columns.picture_shard, columns.picture_offset, columns.picture_size),
-    ):
-        fits = fits and bool(np.all((shard >= 0) & (shard < len(shard_sizes)) & (offset >= 0)))
-        fits = fits and bool(np.all(offset + size <= shard_sizes[shard]))
-    if not fits:
-        raise DataError(f"{path}: points outside its shards; the index is damaged: build it again")
+        names = json.loads(_read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); build the data set again") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path}: expected a list of names; build the data set again")
+    return tuple(names)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.data.format import COLUMNS, sample_key_name, shard_name, sync
+from megatron_vlm.data.format import COLUMNS, STILL, member_key, shard_name, sync
 
 _TYPECODES = {"int32": "i", "int64": "q"}
 
@@ -83,13 +83,15 @@ class ShardWriter:
         self._content.update(sample.digest)
         self._entries.update(hashlib.sha256(sample.entry).digest())
         shard = len(self._shards) - 1
-        key = sample_key_name(sample.key)
+        key = member_key(sample.key, 0)
         self._member(f"{key}.json", sample.entry)
         buffer = io.BytesIO()
         np.save(buffer, sample.tokens, allow_pickle=False)
         offset, size = self._member(f"{key}.tokens.npy", buffer.getvalue())
         columns = self._columns
-        columns["sample_key"].append(sample.key)
+        columns["sample_entry"].append(sample.key)
+        columns["sample_draft"].append(0)
+        columns["sample_origin"].append(0)
         columns["sample_shard"].append(shard)
         columns["sample_offset"].append(offset)
         columns["sample_size"].append(size)
@@ -106,6 +108,8 @@ class ShardWriter:
             columns["picture_height"].append(picture.height)
             columns["picture_width"].append(picture.width)
             columns["picture_position"].append(int(sample.picture_positions[ordinal]))
+            columns["picture_max_tokens"].append(0)
+            columns["picture_pts"].append(STILL)
         if tar.offset >= self._shard_bytes:
             self._close_shard()
 

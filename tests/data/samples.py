@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_vlm.config.schema import DataConfig, VisionConfig
 from megatron_vlm.data.build import build_dataset
+from megatron_vlm.data.format import STILL
 from megatron_vlm.data.index import DatasetIndex, IndexColumns, open_dataset
 from megatron_vlm.data.plan import MicroBatchPlan, StepPlan, plan_rows
 from megatron_vlm.data.rows import RowSource
@@ -103,7 +104,9 @@ def index_of(
     starts = np.cumsum([0, *map(len, pictures)])
     count = len(text_tokens)
     columns = IndexColumns(
-        sample_key=np.arange(count, dtype=np.int64),
+        sample_entry=np.arange(count, dtype=np.int64),
+        sample_draft=np.zeros(count, np.int32),
+        sample_origin=np.zeros(count, np.int32),
         sample_shard=np.zeros(count, np.int32),
         sample_offset=np.zeros(count, np.int64),
         sample_size=np.zeros(count, np.int64),
@@ -116,6 +119,8 @@ def index_of(
         picture_height=np.array([item[1] for item in flat], np.int32),
         picture_width=np.array([item[2] for item in flat], np.int32),
         picture_position=np.array([item[0] for item in flat], np.int32),
+        picture_max_tokens=np.zeros(len(flat), np.int32),
+        picture_pts=np.full(len(flat), STILL, np.int64),
     )
     return DatasetIndex(
         path=Path("unwritten"),
@@ -126,6 +131,9 @@ def index_of(
         vocab_size=263,
         tokenizer_sha256="",
         content_sha256="",
+        kind="conversation",
+        coordinates={"convention": "relative"},
+        video=None,
         columns=columns,
     )
 

@@ -137,7 +137,7 @@ def test_bad_samples_are_listed_and_the_rest_is_built(tmp_path: Path) -> None:
     for number, expected in enumerate(bad, start=1):
         assert expected in reasons[number]
     # Keys stay the places in the source list.
-    np.testing.assert_array_equal(index.columns.sample_key, [0, len(bad) + 1])
+    np.testing.assert_array_equal(index.columns.sample_entry, [0, len(bad) + 1])
 
 
 def test_all_bad_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def damage(folder: Path, name: str, change: str) -> None:
         path.write_bytes(path.read_bytes()[:-100])
     elif change == "version":
         record = json.loads(path.read_text())
-        path.write_text(json.dumps({**record, "format_version": 2}))
+        path.write_text(json.dumps({**record, "format_version": 3}))
     elif change == "folder":
         record = json.loads(path.read_text())
         path.write_text(json.dumps({**record, "folder": "../0123456789abcdef"}))
@@ -253,9 +253,9 @@ def damage(folder: Path, name: str, change: str) -> None:
     ("name", "change", "reason"),
     [
         ("dataset.json", "remove", "missing"),
-        ("dataset.json", "version", "format_version 2, but this program reads 1"),
+        ("dataset.json", "version", "format_version 3, but this program reads 2"),
         ("dataset.json", "{", "not valid JSON"),
-        ("dataset.json", '{"format_version": 1}', "'folder' is missing"),
+        ("dataset.json", '{"format_version": 2}', "'folder' is missing"),
         ("dataset.json", "folder", "'../0123456789abcdef' .*not a plain name"),
         ("shard-00000.tar", "remove", "missing"),
         ("shard-00000.tar", "cut", r"bytes, but dataset\.json records"),
@@ -291,13 +291,13 @@ def test_opening_checks_the_content_of_the_index(tmp_path: Path) -> None:
     rewrite(sample_offset=good["sample_offset"] + 10**9)
     with pytest.raises(DataError, match="points outside its shards"):
         open_dataset(tmp_path / "set")
-    rewrite(sample_key=good["sample_key"][:1])
-    with pytest.raises(DataError, match="sample_key has 1 entries"):
+    rewrite(sample_entry=good["sample_entry"][:1])
+    with pytest.raises(DataError, match="sample_entry has 1 entries"):
         open_dataset(tmp_path / "set")
     rewrite(sample_size=good["sample_size"].astype(np.int32))
     with pytest.raises(DataError, match="column sample_size is I32"):
         open_dataset(tmp_path / "set")
-    rewrite(extra=good["sample_key"])
+    rewrite(extra=good["sample_entry"])
     with pytest.raises(DataError, match=r"columns missing or unknown: \['extra'\]"):
         open_dataset(tmp_path / "set")
     path.write_bytes(b"\xff" * size)

@@ -88,8 +88,10 @@ def test_overwriting_leaves_nothing_of_the_old_set(tmp_path: Path) -> None:
         "dataset.json",
         new.folder.name,
     }
-    expected = ["index.safetensors", "rejected.jsonl", "shard-00000.tar", "tokenizer.json"]
-    assert sorted(path.name for path in new.folder.iterdir()) == expected
+    assert {path.name for path in new.folder.iterdir()} == {
+        *("index.safetensors", "origins.json", "rejected.jsonl"),
+        *("shard-00000.tar", "tokenizer.json"),
+    }
 
 
 def test_a_damaged_set_is_mended_by_building_it_again(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_too_long_samples() -> None:
     with pytest.raises(DataError) as raised:
         source_of([10, 65, 70])
     message = str(raised.value)
-    assert "sample 1 (000000001.json in shard-00000.tar) has 65 tokens" in message
+    assert "000000001.json in shard-00000.tar) has 65 tokens" in message
     assert "training.seq_length 64" in message
     assert "2 such samples; the longest has 70" in message
     assert "data.skip_too_long=true" in message

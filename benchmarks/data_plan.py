@@ -1,0 +1,179 @@
+"""How fast a data set of many samples is opened, and how much memory that takes.
+
+    python benchmarks/data_plan.py --json result.json
+    python benchmarks/data_plan.py --samples 1e6 --folder /scratch --json result.json
+
+An index of synthetic samples, one picture each, is written beside shards that are holes of the
+right size. A process of its own then opens it, every check included, so that its peak of memory
+(VmHWM, mapped pages of files counted) is its own. The files were just written, so they lie in the
+page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+PIECE = 1 << 20
+"""Samples that are written at a time."""
+SAMPLES_A_SHARD = 4096
+TEXT_TOKENS = 200
+TOKENS_BYTES = 128 + 8 * TEXT_TOKENS
+PICTURE_BYTES = 60_000
+SAMPLE_BYTES = 65_536
+"""Bytes of a shard that a sample takes."""
+
+
+def main() -> None:
+    """Measure, print and, with `--json`, write the result; or open one data set."""
+    args = parse()
+    if args.open is not None:
+        # Told to the process that started this one.
+        print(json.dumps(open_once(args.open)))
+        return
+    with tempfile.TemporaryDirectory(prefix="plan_", dir=args.folder) as folder:
+        write_set(Path(folder), int(args.samples))
+        opened = [measure_open(Path(folder)) for _ in range(args.repetitions)]
+    result = {
+        "samples": int(args.samples),
+        "pictures": int(args.samples),
+        "open_seconds": [run["seconds"] for run in opened],
+        "open_peak_bytes": max(run["peak_bytes"] for run in opened),
+        "imports_peak_bytes": max(run["imports_peak_bytes"] for run in opened),
+        "data": "synthetic",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("megatron-vlm", "numpy", "safetensors")},
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.json is not None:
+        args.json.write_text(text + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--samples", type=float, default=1e7, help="of the data set")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
+    parser.add_argument("--repetitions", type=int, default=3, help="times that it is opened")
+    parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_set(folder: Path, samples: int) -> None:
+    """Write a data set of synthetic samples with a picture each; its shards are holes."""
+    import numpy as np
+
+    from megatron_vlm.data import format as names
+    from megatron_vlm.data.index_file import write_columns
+    from megatron_vlm.data.tokenizer import byte_tokenizer, sha256
+
+    build = folder / "0123456789abcdef"
+    build.mkdir()
+    shards = -(-samples // SAMPLES_A_SHARD)
+    for number in range(shards):
+        with (build / names.shard_name(number)).open("wb") as file:
+            file.truncate(SAMPLES_A_SHARD * SAMPLE_BYTES)
+
+    def column(name: str, place: Any) -> Any:
+        """Entries of a column at places of samples, which are those of the pictures too."""
+        inside = place % SAMPLES_A_SHARD * SAMPLE_BYTES
+        return {
+            "sample_entry": place,
+            "sample_picture_start": place,
+            "sample_shard": place // SAMPLES_A_SHARD,
+            "picture_shard": place // SAMPLES_A_SHARD,
+            "sample_offset": inside,
+            "sample_size": np.full_like(place, TOKENS_BYTES),
+            "sample_text_tokens": np.full_like(place, TEXT_TOKENS),
+            "sample_loss_tokens": place % TEXT_TOKENS,
+            "picture_offset": inside + 4096,
+            "picture_size": np.full_like(place, PICTURE_BYTES),
+            "picture_height": 200 + place % 1800,
+            "picture_width": 200 + place * 7 % 1800,
+            "picture_position": place % TEXT_TOKENS,
+            "picture_pts": np.full_like(place, names.STILL),
+        }.get(name, np.zeros_like(place))
+
+    def pieces(name: str) -> Iterator[Any]:
+        length = names.column_length(name, samples, samples)
+        for first in range(0, length, PIECE):
+            yield column(name, np.arange(first, min(first + PIECE, length), dtype=np.int64))
+
+    index_bytes, _ = write_columns(build / names.INDEX_FILE, samples, samples, pieces)
+    tokenizer = byte_tokenizer()
+    (build / names.TOKENIZER_FILE).write_text(tokenizer.to_json())
+    (build / names.ORIGINS_FILE).write_text('["synthetic"]')
+    record = {
+        "format_version": names.FORMAT_VERSION,
+        "folder": build.name,
+        "kind": "conversation",
+        "coordinates": {"convention": "relative"},
+        "video": None,
+        "samples": samples,
+        "pictures": samples,
+        "content_sha256": "",
+        "shards": [
+            {"name": names.shard_name(number), "bytes": SAMPLES_A_SHARD * SAMPLE_BYTES}
+            for number in range(shards)
+        ],
+        "index": {"bytes": index_bytes},
+        "origins": {"bytes": len('["synthetic"]'), "count": 1},
+        "tokenizer": {
+            "sha256": sha256(tokenizer.to_json().encode()),
+            "vocab_size": tokenizer.vocab_size,
+            "special_tokens": tokenizer.special_ids.by_token(),
+        },
+    }
+    (folder / names.DATASET_FILE).write_text(json.dumps(record))
+
+
+def measure_open(folder: Path) -> dict[str, Any]:
+    """Open the data set in a process of its own, on one core."""
+    command = [sys.executable, __file__, "--open", str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def open_once(folder: Path) -> dict[str, Any]:
+    """Seconds of an opening, and this process's peaks of memory before and after it."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    from megatron_vlm.data.index import open_dataset
+
+    imports = peak_bytes()
+    began = time.perf_counter()
+    open_dataset(folder)
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": round(seconds, 3),
+        "peak_bytes": peak_bytes(),
+        "imports_peak_bytes": imports,
+    }
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held so far."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
