@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
 
     count = local_processes(args.nproc)
     resolve_layout(config, count)
-    from megatron_vlm.training.datasets import open_held_out_sets, open_training_set
+    from megatron_vlm.training.datasets import open_held_out_data, open_training_data
 
-    open_training_set(config)
-    open_held_out_sets(config)
+    open_training_data(config)
+    open_held_out_data(config)
     command = train_command(args.recipe, args.overrides, args.debug)
     logs = Path(config.run_dir) / "logs"
     try:

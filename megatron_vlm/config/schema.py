@@ -462,8 +462,8 @@ class DataConfig(_Section):
     """Where samples come from and how they are packed. Paths: from the working directory."""
 
     train: dict[str, SourceConfig] = {}
-    """The sources that are mixed, by name; a path alone names one data set (`data.train=FOLDER`),
-    and `data.train.NAME=FOLDER` one of several."""
+    """The sources that are mixed, by name. A path alone (`data.train=FOLDER`) is the only one;
+    `data.train.NAME.path=FOLDER` is one of several."""
     mixture_unit: Literal["tokens", "samples"] = "tokens"
     """What weights are shares of."""
     schedule: tuple[MixturePoint, ...] = ()
@@ -482,7 +482,7 @@ class DataConfig(_Section):
     """A new order each epoch, from training.seed."""
     long_samples: LongSamples = "refuse"
     """Samples longer than training.seq_length: refuse to start, leave them out (skip), or cut them
-    into rows (split), which leaves out only those that are not learned throughout: conversations."""
+    into rows (split), which leaves out only what is not learned throughout: conversations."""
     prefetch_steps: int = Field(2, ge=0)
     """Steps fetched ahead by a background thread."""
     num_workers: int | None = Field(None, gt=0)

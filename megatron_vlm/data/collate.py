@@ -18,6 +18,7 @@ from megatron_vlm.data.plan import MicroBatchPlan
 from megatron_vlm.data.sample_set import SampleSet
 from megatron_vlm.errors import DataError
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:
     """What the plan alone says of a micro-batch's T = micro_batch_size * seq_length tokens."""
@@ -98,9 +99,7 @@ def read_document(
     return Document(ids[offset : offset + length], flags[offset : offset + length])
 
 
-def collate_text(
-    plan: MicroBatchPlan, documents: Mapping[int, Document], pad_id: int
-) -> TextBatch:
+def collate_text(plan: MicroBatchPlan, documents: Mapping[int, Document], pad_id: int) -> TextBatch:
     """Lay out a micro-batch's text as planned.
 
     Args:

@@ -52,9 +52,10 @@ def target_sizes(
     check_sizes(height, width)
     unit = vision.patch_size * vision.spatial_merge_size
     caps = np.asarray(max_tokens, dtype=np.int64)
-    most = np.where(caps > 0, np.minimum(caps, vision.max_pixels // unit**2), vision.max_pixels // unit**2)
-    max_pixels = np.where(caps > 0, np.minimum(caps * unit**2, vision.max_pixels), vision.max_pixels)
+    capped = np.minimum(caps * unit**2, vision.max_pixels)
+    max_pixels = np.where(caps > 0, capped, vision.max_pixels)
     min_pixels = np.minimum(vision.min_pixels, max_pixels)
+    most = max_pixels // unit**2
     least = -(-min_pixels // unit**2)
 
     # Counted in merged patches, so that products are exact.

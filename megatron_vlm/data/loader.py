@@ -201,9 +201,7 @@ class StepLoader:
     def _fetch(self) -> LoadedStep:
         plan = self._plan()
         micro_batches = plan.micro_batches[self._view.replica]
-        pictures = PictureFetch(
-            plan, self._view.rank, self._readers, self._decoder, self._vision
-        )
+        pictures = PictureFetch(plan, self._view.rank, self._readers, self._decoder, self._vision)
         picture_tasks = pictures.tasks()
         numbers, text_tasks = self._text_tasks(plan)
         outcomes = self._pool.run([*picture_tasks, *text_tasks])

@@ -1,5 +1,4 @@
-"""The pictures that one rank encodes in a step: the tasks that fetch them, and the tensor they fill.
-"""
+"""The pictures that one rank encodes in a step: what fetches them, and the tensor they fill."""
 
 from __future__ import annotations
 
@@ -21,6 +20,9 @@ from megatron_vlm.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_vlm.config.schema import VisionConfig
+
+_AT_ONCE_ON_A_DEVICE = 64
+"""Pictures that a GPU is given at once. Our choice."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +79,9 @@ class PictureFetch:
             for group in self._groups
         ]
 
-    def finish(self, outcomes: Sequence[Outcome]) -> tuple[PictureBatch, list[tuple[int, str, str]]]:
+    def finish(
+        self, outcomes: Sequence[Outcome]
+    ) -> tuple[PictureBatch, list[tuple[int, str, str]]]:
         """The batch once all tasks have ended.
 
         Args:
@@ -105,9 +109,8 @@ class PictureFetch:
         parts = pixels.split(self._grid_hw.prod(dim=1).tolist())
         for place in blank:
             parts[place].zero_()
-        return PictureBatch(pixels, self._grid_hw, torch.tensor(self._mine, dtype=torch.int64)), (
-            failed
-        )
+        numbers = torch.tensor(self._mine, dtype=torch.int64)
+        return PictureBatch(pixels, self._grid_hw, numbers), failed
 
     def _grouped(self) -> list[list[int]]:
         """Pictures of a task each: a video's frames together, others as many as the decoder takes
@@ -125,7 +128,7 @@ class PictureFetch:
 
         frames = [place for place in range(len(self._pictures)) if self._is_frame(place)]
         stills = [place for place in range(len(self._pictures)) if not self._is_frame(place)]
-        at_once = self._decoder.jobs_at_once
+        at_once = 1 if self._decoder.device.type == "cpu" else _AT_ONCE_ON_A_DEVICE
         groups = [list(members) for _, members in groupby(frames, key=video)]
         groups += [stills[first : first + at_once] for first in range(0, len(stills), at_once)]
         return groups
@@ -146,11 +149,12 @@ class PictureFetch:
             size = int(columns.picture_height[number]), int(columns.picture_width[number])
             jobs.append(PatchJob(encoded, *size, picture.grid_h, picture.grid_w))
             places.append(k)
-        outs = [self._parts[group[k]] for k in places]
-        results = self._decoder.decode(jobs, self._vision, outs)
-        for k, result in zip(places, results, strict=True):
+        out = self._parts[group[0]] if len(group) == len(jobs) == 1 else None
+        for k, result in zip(places, self._decoder.decode(jobs, self._vision, out), strict=True):
             if isinstance(result, DataError):
                 errors[k] = result
+            elif out is None:
+                self._parts[group[k]].copy_(result)
         return errors
 
     def _frames(self, group: list[int]) -> list[DataError | None]:

@@ -352,7 +352,7 @@ class _Table:
     def attention_costs(self) -> NDArray[np.float64]:
         """[rows] what each row's attention costs, relative."""
         squares = np.square(self.padded, dtype=np.float64)
-        return np.bincount(self.row, squares, minlength=len(self.bounds) - 1)
+        return np.asarray(np.bincount(self.row, squares, len(self.bounds) - 1), np.float64)
 
     def by_source(self) -> list[tuple[int, NDArray[np.int64]]]:
         """Places of each source's samples."""

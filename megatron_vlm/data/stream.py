@@ -360,8 +360,16 @@ class RowStream:
         before = np.cumsum(padded, dtype=np.int64) - padded
         counts = np.diff(bounds)
         start = (before - np.repeat(before[bounds[:-1]], counts)).astype(np.int32)
-        columns = (source[order], pieces.sample[order], pieces.offset[order], start, length, padded)
+        source, sample, offset = source[order], pieces.sample[order], pieces.offset[order]
         return [
-            Row(number, *(column[low:high] for column in columns))
+            Row(
+                number,
+                source[low:high],
+                sample[low:high],
+                offset[low:high],
+                start[low:high],
+                length[low:high],
+                padded[low:high],
+            )
             for number, (low, high) in enumerate(pairwise(bounds), first)
         ]

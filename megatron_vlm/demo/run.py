@@ -169,10 +169,10 @@ def _build_data(data: Path, train_samples: int) -> None:
 
 def _check_data(config: RunConfig) -> None:
     """Raises UserError when the run could not train on its data."""
-    from megatron_vlm.training.datasets import open_held_out_sets, open_training_set
+    from megatron_vlm.training.datasets import open_held_out_data, open_training_data
 
-    open_training_set(config)
-    open_held_out_sets(config)
+    open_training_data(config)
+    open_held_out_data(config)
 
 
 def _answers(

@@ -87,7 +87,7 @@ def _check_places(given: set[str], config: RunConfig) -> None:
     for key in sorted(given):
         if key == "run_dir":
             raise ConfigError(f"override {key}: the demo's folder is given as --run-dir DIR")
-        if key == "data.train" or key.split(".")[:2] == ["data", "validation"]:
+        if key.split(".")[:2] in (["data", "train"], ["data", "validation"]):
             raise ConfigError(_OWN_DATA.format(key))
     for key, value in (("train", config.data.train), ("validation", config.data.validation)):
         if value:

@@ -33,8 +33,8 @@ from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.topology.mesh import Topology
 
 if TYPE_CHECKING:
-    from megatron_vlm.data.collate import PictureBatch
     from megatron_vlm.data.loader import LoadedStep
+    from megatron_vlm.data.picture_batch import PictureBatch
 
 
 @dataclass

@@ -150,8 +150,9 @@ def _point(facts: dict[str, Any], sees: bool) -> str:
 
 
 def _passes(facts: dict[str, Any]) -> str:
-    """How often the training set was seen, where that is known."""
-    seen, samples = facts["consumed"]["documents"], facts["data"]["train"][0]["samples"]
+    """How often the training set was seen, where that is known: of a mixture, it is not."""
+    sets = facts["data"]["train"]
+    seen, samples = facts["consumed"]["documents"], sets[0]["samples"] if len(sets) == 1 else None
     return f", {seen / samples:,.2f} times the training set" if seen and samples else ""
 
 
@@ -197,7 +198,10 @@ def _losses(facts: dict[str, Any]) -> str:
 
 
 def _data(facts: dict[str, Any]) -> str:
-    sets = [("training", each) for each in facts["data"]["train"]]
+    train = facts["data"]["train"]
+    sets = [
+        ("training" if len(train) == 1 else f"training: {each['source']}", each) for each in train
+    ]
     sets += [(f"held out: {name}", each) for name, each in facts["data"]["validation"].items()]
     rows = [
         (
@@ -338,11 +342,20 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def _continuing(facts: dict[str, Any]) -> str:
-    folder, name = facts["release"], shlex.quote(facts["data"]["train"][0]["name"] or "DATASET")
+    folder, train = facts["release"], facts["data"]["train"]
+    names = [shlex.quote(each["name"] or "DATASET") for each in train]
+    data = (
+        f"data.train={names[0]}"
+        if len(train) == 1
+        else " ".join(
+            shlex.quote(f"data.train.{each['source']}.path") + f"={name}"
+            for each, name in zip(train, names, strict=True)
+        )
+    )
     processes = facts["layout"].get("world_size", 1)
     start = (
         f"mvlm launch FOLDER/{CONFIG_FILE} --nproc {processes} run_dir=runs/continued \\\n"
-        f"    data.train={name} data.validation={{}} \\\n"
+        f"    {data} data.validation={{}} \\\n"
     )
     rate = f"{facts['learning_rate']['value']:.6g}"
     without = (

@@ -66,7 +66,7 @@ def training_facts(candidate: Candidate, history: History) -> dict[str, Any]:
         "seed": config.training.seed,
         "data": {
             "train": [
-                _data_set(source.path, state.get("data", {}), name)
+                {"source": name, **_data_set(source.path, state.get("data", {}), name)}
                 for name, source in config.data.train.items()
             ],
             "validation": {name: _data_set(path) for name, path in config.data.validation.items()},
@@ -146,12 +146,15 @@ def _model(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _data_set(path: str | None, trained_on: dict[str, Any] | None = None) -> dict[str, Any]:
+def _data_set(
+    path: str | None, trained_on: dict[str, Any] | None = None, source: str = ""
+) -> dict[str, Any]:
     """What a data set is, from its dataset.json as far as that is still the one used.
 
     Args:
         path: its folder.
-        trained_on: `data` of the checkpoint's state, which knows the set it was trained on.
+        trained_on: `data` of the checkpoint's state, which knows the sets it was trained on.
+        source: the set's name among them.
     """
     record = _record(path)
     found: dict[str, Any] = {
@@ -164,14 +167,14 @@ def _data_set(path: str | None, trained_on: dict[str, Any] | None = None) -> dic
         "licence": record.get("licence", record.get("license")),
         "known_from": DATASET_FILE if record else None,
     }
-    used = (trained_on or {}).get("content_sha256 of data.train")
+    used = (trained_on or {}).get(f"content_sha256 of data.train.{source}")
     if used is not None and used != found["content_sha256"]:
         # It was built again, or is not here any more.
         return {
             **dict.fromkeys(found),
             "name": found["name"],
             "content_sha256": used,
-            "samples": (trained_on or {}).get("samples of data.train"),
+            "samples": (trained_on or {}).get(f"samples of data.train.{source}"),
             "known_from": "the checkpoint",
         }
     return found

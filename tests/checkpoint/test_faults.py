@@ -123,8 +123,8 @@ def test_another_precision_is_refused_with_its_state(trained: Path, nano_data: P
 @pytest.mark.distributed
 def test_other_rows_are_refused(trained: Path, nano_data: Path) -> None:
     """Packed differently, the number of consumed rows would mean other samples."""
-    words = (FP32, "data.packing_window=16")
-    with pytest.raises(RankFailed, match=r"data\.packing_window 32, this run has 16"):
+    words = (FP32, "data.packing_rows=16")
+    with pytest.raises(RankFailed, match=r"data\.packing_rows 8, this run has 16"):
         train_case(recipe(nano_data, trained, *words), 1, timeout=60)
 
 
@@ -198,7 +198,7 @@ def test_damage_that_was_not_looked_for_is_still_one_line(damaged: Path, nano_da
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("data.packing_window=16",), "checkpoint.load_optimizer=false"),
+        (("data.packing_rows=16",), "checkpoint.load_optimizer=false"),
         (("training.train_iters=2",), "stands at iteration 2, .* nothing is left to do"),
     ],
 )

@@ -68,7 +68,7 @@ def lines(recipe: Path | str, *overrides: str) -> list[str]:
         ("training.seed=9223372036854775808", ["training.seed", "less than 9223372036854775808"]),
         ("optimizer.min_lr=1", ["optimizer: min_lr 1.0 exceeds lr 0.0003"]),
         ("model.vision.image_std=[1,0,1]", ["model.vision.image_std[1] is 0", "greater than 0"]),
-        ("data.decode_threads=0", ["data.decode_threads is 0", "greater than 0"]),
+        ("data.num_workers=0", ["data.num_workers is 0", "greater than 0"]),
         ("model=nowhere", ["no model named 'nowhere'", "shipped models"]),
         ("model=no/where.yaml", ["no/where.yaml does not exist", "shipped models"]),
         ("model=5", ["model is 5", "a mapping"]),

@@ -125,7 +125,7 @@ def test_interpolation_sees_what_an_override_changed(recipe: Path) -> None:
 
 def test_empty_value_is_null_and_numbers_keep_their_kind(recipe: Path) -> None:
     config = load_recipe(recipe, ["data.train=", "optimizer.lr=1"])
-    assert config.data.train is None
+    assert config.data.train == {}
     assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
 
 
@@ -175,14 +175,14 @@ def test_what_a_run_saves_means_the_same_run_from_elsewhere(
     monkeypatch.chdir(elsewhere)
     again = load_recipe(saved)
     assert again.run_dir == f"{home}/runs/tiny"
-    assert again.data.train == f"{home}/sets/a"
+    assert again.data.train["train"].path == f"{home}/sets/a"
     assert again.data.validation == {"b": "/sets/b", "c": f"{home.parent}/c"}
     assert again.checkpoint.load == f"{home}/old"
     assert with_absolute_paths(again) == again
     # Nothing else has changed, and what was not given stays so.
     paths = {"run_dir", "data", "checkpoint"}
     assert again.model_dump(exclude=paths) == config.model_dump(exclude=paths)
-    assert with_absolute_paths(by_hand()).data.train is None
+    assert with_absolute_paths(by_hand()).data.train == {}
     assert with_absolute_paths(by_hand()).checkpoint.load is None
 
 

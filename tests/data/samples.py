@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_vlm.config.schema import DataConfig, VisionConfig
+from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.format import STILL
 from megatron_vlm.data.index import DatasetIndex, IndexColumns, open_dataset
-from megatron_vlm.data.plan import MicroBatchPlan, StepPlan, plan_rows
-from megatron_vlm.data.rows import RowSource
+from megatron_vlm.data.mixture import Phase
+from megatron_vlm.data.plan import MicroBatchPlan, StepPlan
+from megatron_vlm.data.sample_set import SampleSet
+from megatron_vlm.data.stream import Cursor, Row, RowStream, Source
 from megatron_vlm.data.tokenizer import SpecialIds
 
 VISION = VisionConfig(
@@ -32,8 +34,37 @@ VISION = VisionConfig(
 BYTE_IDS = SpecialIds(pad=256, eos=257, image=258, system=259, user=260, assistant=261, end=262)
 
 
-def data_config(**changes: Any) -> DataConfig:
-    return DataConfig(**{"pad_multiple": 16, "packing_window": 8, **changes})
+def stream_of(
+    *indexes: DatasetIndex,
+    seq_length: int = 64,
+    vision: VisionConfig | None = None,
+    long_samples: Any = "refuse",
+    rates: Sequence[float] | None = None,
+    phases: Sequence[Phase] | None = None,
+    max_epochs: Sequence[float | None] | None = None,
+    **changes: Any,
+) -> RowStream:
+    """A stream over a few sets, named a, b, ...; without rates, each by its number of samples."""
+    sets = [SampleSet(index, seq_length, vision, long_samples) for index in indexes]
+    limits = max_epochs or [None] * len(sets)
+    rates = rates or [float(each.num_items) for each in sets]
+    sources = [
+        Source(chr(97 + number), each, limit)
+        for number, (each, limit) in enumerate(zip(sets, limits, strict=True))
+    ]
+    settings = {"pad_multiple": 16, "packing_rows": 4, "shuffle": True, "seed": 5, **changes}
+    return RowStream(sources, phases or [Phase(0, tuple(rates))], seq_length=seq_length, **settings)
+
+
+def rows_of(stream: RowStream, count: int, cursor: Cursor | None = None) -> list[Row]:
+    """The next rows, from the start or from a cursor."""
+    return stream.take(cursor or stream.start(), count)[0]
+
+
+def row_facts(row: Row) -> tuple[Any, ...]:
+    """A row as plain values that can be compared."""
+    columns = (row.source, row.sample, row.offset, row.start, row.length, row.padded)
+    return (row.number, *(column.tolist() for column in columns))
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -97,6 +128,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def index_of(
     text_tokens: Sequence[int],
     pictures: Sequence[Sequence[tuple[int, int, int]]] | None = None,
+    kind: Any = "conversation",
+    loss_tokens: Sequence[int] | None = None,
+    max_tokens: int = 0,
 ) -> DatasetIndex:
     """An index without a data set: text tokens, and (position, height, width) of the pictures."""
     pictures = pictures or [[] for _ in text_tokens]
@@ -111,7 +145,11 @@ def index_of(
         sample_offset=np.zeros(count, np.int64),
         sample_size=np.zeros(count, np.int64),
         sample_text_tokens=np.array(text_tokens, np.int32),
-        sample_loss_tokens=np.array(text_tokens, np.int32) // 2,
+        sample_loss_tokens=(
+            np.array(text_tokens, np.int32) // 2
+            if loss_tokens is None
+            else np.array(loss_tokens, np.int32)
+        ),
         sample_picture_start=starts.astype(np.int64),
         picture_shard=np.zeros(len(flat), np.int32),
         picture_offset=np.zeros(len(flat), np.int64),
@@ -119,7 +157,7 @@ def index_of(
         picture_height=np.array([item[1] for item in flat], np.int32),
         picture_width=np.array([item[2] for item in flat], np.int32),
         picture_position=np.array([item[0] for item in flat], np.int32),
-        picture_max_tokens=np.zeros(len(flat), np.int32),
+        picture_max_tokens=np.full(len(flat), max_tokens, np.int32),
         picture_pts=np.full(len(flat), STILL, np.int64),
     )
     return DatasetIndex(
@@ -131,24 +169,11 @@ def index_of(
         vocab_size=263,
         tokenizer_sha256="",
         content_sha256="",
-        kind="conversation",
+        kind=kind,
         coordinates={"convention": "relative"},
         video=None,
         columns=columns,
     )
-
-
-def plan_step(
-    source: RowSource,
-    first_row: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    num_replicas: int,
-    world_size: int,
-) -> StepPlan:
-    """The step that consumes rows [first_row, first_row + global_batch_size)."""
-    numbers = range(first_row, first_row + global_batch_size)
-    return plan_rows(source, numbers, micro_batch_size, num_replicas, world_size)
 
 
 def plan_facts(plan: StepPlan) -> tuple[Any, ...]:
@@ -160,7 +185,7 @@ def plan_facts(plan: StepPlan) -> tuple[Any, ...]:
 def micro_facts(plan: MicroBatchPlan) -> tuple[Any, ...]:
     """A micro-batch as plain values that can be compared."""
     return (
-        plan.rows,
+        [row_facts(row) for row in plan.rows],
         plan.cu_seqlens.tolist(),
         plan.segment_lengths.tolist(),
         plan.max_seqlen,

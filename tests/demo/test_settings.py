@@ -81,7 +81,7 @@ def test_what_cannot_run_is_one_line(nproc: int, words: list[str], said: str) ->
 def test_any_folder_is_taken_as_it_is_named(name: str, tmp_path: Path) -> None:
     config = demo_config(Path(name), 2, [])
     assert config.run_dir == str(Path(name))
-    assert config.data.train == str(Path(name) / "data" / "train")
+    assert config.data.train["train"].path == str(Path(name) / "data" / "train")
     # As the ranks read it.
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert load_recipe(tmp_path / "config.yaml") == config

@@ -92,7 +92,7 @@ def _facts(tmp_path: Path, *overrides: str, history: History = NOTHING, **more: 
     (checkpoint / "config.yaml").write_text(dump_yaml(config))
     state = {
         "progress": {"iteration": 3, "consumed_tokens": 1234},
-        "data": {"content_sha256 of data.train": "ab" * 32, "samples of data.train": 77},
+        "data": {"content_sha256 of data.train.train": "ab" * 32, "samples of data.train.train": 77},
         "layout": {"world_size": 8, "tp": 2, "vpp": None, "dp": 4, "sequence_parallel": True},
         "versions": {"torch": "1|2"},
     }
@@ -120,6 +120,7 @@ def test_a_set_that_is_gone_or_was_built_again_is_told_by_the_checkpoint(tmp_pat
     facts = _facts(tmp_path)
     assert facts["data"]["train"] == [
         {
+            "source": "train",
             "name": "train",
             "content_sha256": "ab" * 32,
             "samples": 77,

@@ -85,7 +85,7 @@ def test_state_and_card_say_what_the_run_wrote(vlm_run: Path, vlm_releases: dict
         assert facts["model"]["parameters"]["total"] == model_parameters(config.model).total
         assert facts["config"]["training"] == config.training.model_dump(mode="json")
         assert load_recipe(folder / "training_config.yaml").model == config.model
-        record = json.loads((Path(config.data.train or "") / "dataset.json").read_text())
+        record = json.loads((Path(config.data.train["train"].path) / "dataset.json").read_text())
         (training_set,) = facts["data"]["train"]
         for name in ("content_sha256", "samples", "pictures", "text_tokens"):
             assert training_set[name] == record[name]
@@ -231,7 +231,7 @@ def test_training_goes_on_exactly_from_a_release(vlm_run: Path, tmp_path: Path) 
     before = load_recipe(checkpoint / "config.yaml")
     words = [
         f"run_dir={tmp_path / 'continued'}",
-        f"data.train={before.data.train}",
+        f"data.train={before.data.train['train'].path}",
         f"data.validation.held_out={before.data.validation['held_out']}",
         f"checkpoint.load={folder / 'checkpoint'}",
     ]
