@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_vlm.data.collate import collate_pictures, collate_text, structure
+from megatron_vlm.data.collate import TextBatch, collate_text, read_document, structure
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.index import DatasetIndex
-from megatron_vlm.data.pictures import patches
-from megatron_vlm.data.plan import plan_rows
-from megatron_vlm.data.rows import RowSource
+from megatron_vlm.data.plan import EMPTY_ROW, MicroBatchPlan, StepPlan, plan_rows, plan_step
+from megatron_vlm.data.sample_set import SampleSet
+from megatron_vlm.data.stream import RowStream
 from megatron_vlm.data.tokenizer import byte_tokenizer
 from megatron_vlm.errors import DataError
-from tests.data.samples import VISION, build, data_config, entry, mixed_entries, picture, plan_step
+from tests.data.samples import (
+    BYTE_IDS,
+    VISION,
+    build,
+    entry,
+    index_of,
+    mixed_entries,
+    picture,
+    rows_of,
+    stream_of,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -31,18 +39,38 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
     return build(folder, mixed_entries(folder))
 
 
-def source_of(index: DatasetIndex, seq_length: int = 256, **changes: object) -> RowSource:
-    return RowSource(index, seq_length, data_config(**changes), 1, VISION)
+def mixed_stream(index: DatasetIndex, seq_length: int = 256, **changes: object) -> RowStream:
+    return stream_of(index, seq_length=seq_length, vision=VISION, seed=1, **changes)  # type: ignore[arg-type]
+
+
+def first_step(stream: RowStream, batch: int, micro: int, replicas: int) -> StepPlan:
+    planned = plan_step(stream, stream.start(), batch, micro, replicas, 1)
+    assert planned is not None
+    return planned[0]
+
+
+def text_of(plan: MicroBatchPlan, stream: RowStream, reader: SampleReader) -> TextBatch:
+    """A micro-batch read sample by sample."""
+    numbers = iter(plan.documents[plan.documents >= 0].tolist())
+    documents = {}
+    for row in plan.rows:
+        for source, *piece in zip(
+            row.source.tolist(), row.sample.tolist(), row.offset.tolist(), row.length.tolist(),
+            strict=True,
+        ):  # fmt: skip
+            samples = stream.sources[source].samples
+            documents[next(numbers)] = read_document(reader, samples, *piece)
+    return collate_text(plan, documents, BYTE_IDS.pad)
 
 
 def test_text_by_hand(tmp_path: Path) -> None:
     picture(28, 56).save(tmp_path / "a.png")
     index = build(tmp_path, [entry("<image>q", "ab", ["a.png"]), entry("r", "c")])
-    source = source_of(index, 32, shuffle=False)
+    stream = mixed_stream(index, 32, shuffle=False, max_epochs=[1.0])
     # 10 tokens: user, 2 of the picture, q, end, assistant, a, b, end, eos; then 8, then filler.
-    plan = plan_step(source, 0, 1, 1, 1, 1).micro_batches[0][0]
+    plan = first_step(stream, 1, 1, 1).micro_batches[0][0]
     with SampleReader(index) as reader:
-        text = collate_text(plan, reader, index.special_ids)
+        text = text_of(plan, stream, reader)
     q, r, a, b, c = b"qrabc"
     first = [USER, IMAGE, IMAGE, q, END, ASSISTANT, a, b, END, EOS]
     second = [USER, r, END, ASSISTANT, c, END, EOS]
@@ -59,24 +87,26 @@ def test_text_by_hand(tmp_path: Path) -> None:
 
 def test_text_decodes_back_to_the_conversations(index: DatasetIndex, tmp_path: Path) -> None:
     entries = mixed_entries(tmp_path)
-    source = source_of(index, packing_window=24)
+    stream = mixed_stream(index)
     tokenizer = byte_tokenizer()
-    plan = plan_step(source, 0, 8, 4, 2, 1)
+    plan = first_step(stream, 8, 4, 2)
     targets = 0.0
     with SampleReader(index) as reader:
         for replica in plan.micro_batches:
             for micro_batch in replica:
-                text = collate_text(micro_batch, reader, index.special_ids)
+                text = text_of(micro_batch, stream, reader)
                 targets += float(text.loss_mask.sum())
                 for k, row in enumerate(micro_batch.rows):
-                    for segment in row.segments:
-                        begin = k * 256 + segment.start
-                        place = slice(begin, begin + segment.length)
+                    for sample, start, length in zip(
+                        row.sample.tolist(), row.start.tolist(), row.length.tolist(), strict=True
+                    ):
+                        begin = k * 256 + start
+                        place = slice(begin, begin + length)
                         ids = text.tokens[place]
-                        question, answer = entries[segment.sample]["conversations"]
+                        question, answer = entries[sample]["conversations"]
                         said = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
                         assert said == question["value"].replace("<image>", "") + answer["value"]
-                        _, tokens = source.picture_spans(segment.sample)
+                        _, tokens = stream.sources[0].samples.picture_spans(sample)
                         assert int((ids == IMAGE).sum()) == tokens.sum()
                         learned = text.labels[place][text.loss_mask[place] > 0].tolist()
                         shown = tokenizer.decode(learned, skip_special_tokens=False)
@@ -91,9 +121,10 @@ def test_text_decodes_back_to_the_conversations(index: DatasetIndex, tmp_path: P
 
 
 def test_labels_never_cross_a_segment(index: DatasetIndex) -> None:
-    plan = plan_step(source_of(index), 0, 4, 4, 1, 1).micro_batches[0][0]
+    stream = mixed_stream(index)
+    plan = first_step(stream, 4, 4, 1).micro_batches[0][0]
     with SampleReader(index) as reader:
-        text = collate_text(plan, reader, index.special_ids)
+        text = text_of(plan, stream, reader)
     inside = torch.zeros(plan.num_tokens, dtype=torch.bool)
     for start, length in zip(plan.cu_seqlens, plan.segment_lengths, strict=False):
         inside[int(start) : int(start) + max(int(length) - 1, 0)] = True
@@ -103,8 +134,9 @@ def test_labels_never_cross_a_segment(index: DatasetIndex) -> None:
 
 
 def test_structure_by_loop(index: DatasetIndex) -> None:
-    source = source_of(index)
-    plan = plan_rows(source, [0, -1, 3], 3, 1, 1).micro_batches[0][0]
+    stream = mixed_stream(index)
+    one, _, _, other = rows_of(stream, 4)
+    plan = plan_rows(stream, [one, EMPTY_ROW, other], 3, 1, 1).micro_batches[0][0]
     layout = structure(plan)
     positions, padding = [], []
     for segment, length in enumerate(plan.segment_lengths):
@@ -117,47 +149,40 @@ def test_structure_by_loop(index: DatasetIndex) -> None:
     assert layout.padding_mask[256:512].all()
 
 
-def test_a_row_of_filler_reads_nothing(index: DatasetIndex) -> None:
-    plan = plan_rows(source_of(index), [-1], 1, 1, 1)
-    with SampleReader(index) as reader:
-        text = collate_text(plan.micro_batches[0][0], reader, index.special_ids)
-        pictures = collate_pictures(plan, 0, reader, VISION)
-        assert reader.bytes_read == 0
+def test_what_is_missing_is_filler(index: DatasetIndex) -> None:
+    plan = plan_rows(mixed_stream(index), [EMPTY_ROW], 1, 1, 1).micro_batches[0][0]
+    text = collate_text(plan, {}, PAD)
     assert (text.tokens == PAD).all()
     assert not text.loss_mask.any()
-    assert pictures.pixel_values.shape == (0, 588)
-    assert pictures.grid_hw.shape == (0, 2)
-    assert pictures.indices.shape == (0,)
+
+    stream = mixed_stream(index)
+    plan = first_step(stream, 1, 1, 1).micro_batches[0][0]
+    with SampleReader(index) as reader:
+        whole = text_of(plan, stream, reader)
+        row = plan.rows[0]
+        samples = stream.sources[0].samples
+        only = read_document(reader, samples, int(row.sample[1]), 0, int(row.length[1]))
+    text = collate_text(plan, {1: only}, PAD)
+    start, stop = plan.cu_seqlens[1:3].tolist()
+    assert torch.equal(text.tokens[start:stop], whole.tokens[start:stop])
+    assert (text.tokens[:start] == PAD).all() and (text.tokens[stop:] == PAD).all()
+    assert torch.equal(text.position_ids, whole.position_ids)
 
 
-@pytest.mark.parametrize("threads", [0, 3])
-def test_pictures_of_all_ranks_make_up_the_step(index: DatasetIndex, threads: int) -> None:
-    plan = plan_step(source_of(index), 0, 8, 2, 2, 5)
-    assert len(plan.pictures) > 5
-    found = []
-    with SampleReader(index) as reader, ThreadPoolExecutor(max(threads, 1)) as pool:
-        for rank in range(5):
-            batch = collate_pictures(plan, rank, reader, VISION, pool if threads else None)
-            assert batch.pixel_values.dtype == torch.float32
-            assert batch.grid_hw.dtype == batch.indices.dtype == torch.int64
-            parts = batch.pixel_values.split(batch.grid_hw.prod(1).tolist())
-            triples = zip(batch.indices.tolist(), batch.grid_hw, parts, strict=True)
-            for place, (height, width), values in triples:
-                planned = plan.pictures[place]
-                assert planned.encoder_rank == rank
-                assert (planned.grid_h, planned.grid_w) == (int(height), int(width))
-                image = reader.read_picture(planned.sample, planned.ordinal)
-                expected = patches(image, int(height), int(width), VISION)
-                np.testing.assert_array_equal(values.numpy(), expected)
-                found.append(place)
-    assert sorted(found) == list(range(len(plan.pictures)))
+def test_a_part_of_a_sample(tmp_path: Path) -> None:
+    picture(56, 56).save(tmp_path / "a.png")
+    index = build(tmp_path, [entry("<image>" + "q" * 30, "answer", ["a.png"])])
+    samples = SampleSet(index, 64, VISION)
+    with SampleReader(index) as reader:
+        whole = read_document(reader, samples, 0, 0, int(samples.lengths[0]))
+        part = read_document(reader, samples, 0, 3, 20)
+    assert whole.ids.tolist()[:6] == [USER, IMAGE, IMAGE, IMAGE, IMAGE, ord("q")]
+    assert part.ids.tolist() == whole.ids.tolist()[3:23]
+    assert part.flags.tolist() == whole.flags.tolist()[3:23]
 
 
 def test_a_plan_of_another_set_is_refused(index: DatasetIndex) -> None:
-    plan = plan_step(source_of(index), 0, 1, 1, 1, 1).micro_batches[0][0]
-    [row] = plan.rows
-    [first, *others] = row.segments
-    changed = dataclasses.replace(first, length=first.length + 1)
-    wrong = dataclasses.replace(plan, rows=(dataclasses.replace(row, segments=(changed, *others)),))
+    other = index_of([int(n) + 1 for n in index.columns.sample_text_tokens])
+    samples = SampleSet(other, 256, VISION)
     with SampleReader(index) as reader, pytest.raises(DataError, match="plan and data set differ"):
-        collate_text(wrong, reader, index.special_ids)
+        read_document(reader, samples, 0, 0, int(samples.lengths[0]))
