@@ -1,63 +1,48 @@
-"""Builds a data set from a LLaVA-style list: checks everything once, so that training need not.
+"""Builds a data set from any source: checks everything once, so that training need not.
 
-Pictures are decoded in full and bad samples are listed with the reason. All files are written
-aside; the rename of `dataset.json` alone puts the new set in the place of the old one.
+Media are decoded in full and bad samples are listed with the reason. All files are written aside,
+where a build that was ended goes on when it is run again; the rename of `dataset.json` alone puts
+the new set in the place of the old one.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_vlm.data.build_progress import build_progress
-from megatron_vlm.data.chat import CHAT_SETTINGS, encode_conversation
+from megatron_vlm.data.build_progress import BuildProgress
+from megatron_vlm.data.build_publish import complete_files, published_files, switch
+from megatron_vlm.data.build_state import BuildState, only_one, sign
+from megatron_vlm.data.draft import Source
+from megatron_vlm.data.encode import EncodeSettings, encode_entry
 from megatron_vlm.data.format import (
     BUILDING_FOLDER,
     DATASET_FILE,
     DEFAULT_SHARD_MB,
-    FORMAT_VERSION,
-    INDEX_FILE,
-    ORIGINS_FILE,
     REJECTED_FILE,
-    TOKENIZER_FILE,
     build_folders,
     current_build,
-    remove_build,
-    sync,
     temporary_path,
-    write_atomic,
-    write_synced,
 )
-from megatron_vlm.data.geometry import check_sizes
-from megatron_vlm.data.index_file import write_columns
-from megatron_vlm.data.ordered import Reserve, map_ordered, usable_cores
-from megatron_vlm.data.pictures import check_picture
-from megatron_vlm.data.shards import EncodedPicture, EncodedSample, ShardWriter, sample_digest
-from megatron_vlm.data.source import parse_sample, read_image_files, read_source
+from megatron_vlm.data.geometry import PictureRule
+from megatron_vlm.data.ordered import map_ordered, usable_cores
+from megatron_vlm.data.shards import ShardRecord, ShardWriter
+from megatron_vlm.data.sources.opening import open_source
+from megatron_vlm.data.sources.options import SourceOptions
 from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer, sha256
 from megatron_vlm.errors import DataError
 
 _MAX_PENDING_BYTES = 2**30
-"""Picture files held in memory at once, beyond those of the sample being written. Our choice."""
+"""Encoded media held in memory at once, beyond those of the entry being written. Our choice."""
 
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """A sample that was left out."""
-
-    index: int
-    """Place in the source list."""
-    id: Any
-    """Its own `id`, if it has one."""
-    reason: str
+_MEGABYTE = 2**20
+_SHOWN_REJECTIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +53,28 @@ class BuildSummary:
     """Subfolder that holds every file but `dataset.json`."""
     samples: int
     pictures: int
+    """Pictures and frames of videos."""
     text_tokens: int
     loss_tokens: int
     shards: int
-    rejected: tuple[Rejection, ...]
+    rejected: int
+    """Samples and entries that were left out."""
+    first_rejected: tuple[Mapping[str, Any], ...]
+    """Some of them, as `rejected.jsonl` has them: `entry`, `draft`, `id`, `origin`, `reason`."""
 
 
 def build_dataset(
     source: Path,
     out: Path,
     *,
+    form: str = "auto",
+    options: SourceOptions | None = None,
     tokenizer: Tokenizer | None = None,
     image_root: Path | None = None,
+    seen: PictureRule | None = None,
+    count_points: bool = False,
+    video_fps: float = EncodeSettings.video_fps,
+    video_max_tokens: int = EncodeSettings.video_max_tokens,
     shard_mb: int = DEFAULT_SHARD_MB,
     overwrite: bool = False,
     workers: int | None = None,
@@ -89,53 +84,55 @@ def build_dataset(
     """Build a data set.
 
     The same input gives the same bytes. An older data set in `out` stays whole, and is what a
-    reader finds, until the new one is complete; then it is removed.
+    reader finds, until the new one is complete; then it is removed. A build that was ended early,
+    however that happened, goes on after its last complete shard when it is called again alike.
 
     Args:
-        source: the LLaVA-style JSON list.
+        source: a file, a folder, or a pattern of tars.
         out: folder to write; made if missing.
+        form: a key of `sources.opening.FORMS`, or `auto`.
+        options: how the source is read; its tokenizer is that of the set.
         tokenizer: null makes the byte-level one.
-        image_root: folder that picture paths start from and stay in; null: the list's folder.
+        image_root: instead of that of `options`.
+        seen: how the model resizes pictures: coordinates are written in pixels of the result; null:
+            in thousandths of a picture's sides.
+        count_points: counts list their objects' points before the number.
+        video_fps: frames a second taken from videos that name none.
+        video_max_tokens: most language tokens of a video.
         shard_mb: megabytes after which a new shard begins.
         overwrite: replace a data set in `out`.
         workers: threads that read and decode; null: one per core that this process may use.
-        show_progress: draw a progress bar on standard error.
+        show_progress: tell on standard error how far it is.
         inputs: other files that the caller has read, which replacing must not remove.
 
     Raises:
-        DataError: the list, the tokenizer or the folder is unfit, every sample is bad, memory
+        DataError: the source, the tokenizer or the folder is unfit, every sample is bad, memory
             runs out, or the disk refuses.
     """
-    if shard_mb < 1:
-        raise DataError(f"shard size {shard_mb} MB: expected at least 1")
-    if workers is not None and workers < 1:
-        raise DataError(f"workers {workers}: expected at least 1")
-    entries = read_source(source)
-    root = (source.parent if image_root is None else image_root).resolve()
-    if not root.is_dir():
-        raise DataError(f"image root {root}: no such folder; set --image-root")
+    _check_numbers(shard_mb, workers, video_fps, video_max_tokens)
     tokenizer = tokenizer or byte_tokenizer()
+    options = replace(options or SourceOptions(), tokenizer=tokenizer)
+    if image_root is not None:
+        options = replace(options, image_root=image_root)
+    progress = BuildProgress(show_progress)
+    opened = open_source(source, form, options, progress.tell)
+    build = _Build(
+        source=source,
+        opened=opened,
+        out=out,
+        settings=EncodeSettings(tokenizer, seen, count_points, video_fps, video_max_tokens),
+        shard_bytes=shard_mb * _MEGABYTE,
+        threads=workers or usable_cores(),
+        progress=progress,
+    )
     try:
-        _check_target(out, overwrite)
-        _check_inputs(out, (source, *inputs), tokenizer)
+        signature = sign(source, out, _signed(form, options, build))
+        published = BuildState(out).published(signature)
+        _check_target(out, overwrite, published)
+        _check_inputs(out, source, inputs, tokenizer)
         out.mkdir(parents=True, exist_ok=True)
-        building = out / BUILDING_FOLDER
-        if building.exists():
-            remove_build(building)
-        building.mkdir(exist_ok=True)
-        writer = ShardWriter(building, shard_mb * 2**20)
-        try:
-            encode = partial(_encode_entry, tokenizer=tokenizer, root=root)
-            rejected = _write_samples(writer, entries, encode, workers, show_progress)
-            if len(rejected) == len(entries):
-                raise DataError(
-                    f"{source}: all {len(entries)} samples are bad; the first: {rejected[0].reason}"
-                )
-            return _publish(writer, out, tokenizer, rejected, (source.name,))
-        finally:
-            writer.abort()
-            if building.exists():
-                remove_build(building)
+        with only_one(out):
+            return build.run(signature)
     except OSError as error:
         raise DataError(
             f"{error.filename or out}: cannot be written ({error.strerror}); choose another "
@@ -143,145 +140,127 @@ def build_dataset(
         ) from error
 
 
-def _encode_entry(
-    numbered: tuple[int, Any], reserve: Reserve, *, tokenizer: Tokenizer, root: Path
-) -> EncodedSample | Rejection:
-    number, entry = numbered
-    try:
-        sample = parse_sample(entry)
-        ids, loss = encode_conversation(tokenizer, sample.turns, len(sample.images))
-        files = read_image_files(root, sample.images, reserve)
-        pictures = [
-            _check_picture(name, encoded)
-            for name, encoded in zip(sample.images, files, strict=True)
-        ]
-    except DataError as error:
-        return Rejection(number, entry.get("id") if isinstance(entry, dict) else None, str(error))
-    except MemoryError as error:
-        # Not the sample's fault: elsewhere, or on fewer threads, it would have been taken.
-        raise DataError(
-            f"sample {number}: memory ran out while its pictures were decoded; lower --workers "
-            "or take the sample out of the list"
-        ) from error
-    tokens = np.array([ids, loss], dtype=np.int32)
-    positions = np.flatnonzero(tokens[0] == tokenizer.image_id)
-    digest = sample_digest(tokens, pictures)
-    return EncodedSample(number, json.dumps(entry).encode(), tokens, positions, pictures, digest)
+@dataclass(frozen=True, slots=True)
+class _Build:
+    source: Path
+    opened: Source
+    out: Path
+    settings: EncodeSettings
+    shard_bytes: int
+    threads: int
+    progress: BuildProgress
 
+    def run(self, signature: str) -> BuildSummary:
+        state = BuildState(self.out)
+        record = state.published(signature)
+        if record is None or not published_files(self.out, record):
+            record = self._write(state, signature)
+        else:
+            self.progress.tell(f"{self.out}: every shard is complete; going on from there")
+        switch(self.out, record)
+        return _summary(self.out, record)
 
-def _check_picture(name: str, encoded: bytes) -> EncodedPicture:
-    try:
-        height, width, extension = check_picture(encoded)
-        check_sizes(height, width)
-    except DataError as error:
-        raise DataError(f"image {name!r}: {error}") from error
-    return EncodedPicture(encoded, extension, height, width)
+    def _write(self, state: BuildState, signature: str) -> dict[str, Any]:
+        """Write all files, whatever part of them is there; returns what `dataset.json` holds."""
+        complete = state.begin(signature)
+        if complete:
+            samples = sum(record.samples for record in complete)
+            self.progress.tell(
+                f"{self.out}: {len(complete):,} shards of {samples:,} samples are complete; going "
+                f"on at entry {complete[-1].next_entry:,}"
+            )
+        writer = ShardWriter(state.folder, self.shard_bytes, self.opened.origins, complete)
+        try:
+            self._add_entries(writer, complete)
+            shards, tail = writer.finish()
+            self._check_shards(shards, tail)
+            record = complete_files(state.folder, self.opened, self.settings, shards, tail)
+            state.publish(record)
+            return record
+        except BaseException:
+            writer.abort()
+            # What went wrong is told, whatever the disk says to this.
+            with suppress(OSError):
+                if kept := state.give_up():
+                    self.progress.tell(
+                        f"{self.out}: {kept:,} complete shards stay; the same command goes on there"
+                    )
+            raise
 
-
-def _write_samples(
-    writer: ShardWriter,
-    entries: list[Any],
-    encode: Callable[[tuple[int, Any], Reserve], EncodedSample | Rejection],
-    workers: int | None,
-    show_progress: bool,
-) -> list[Rejection]:
-    rejected = []
-    threads = workers or usable_cores()
-    results = map_ordered(encode, enumerate(entries), threads, _MAX_PENDING_BYTES)
-    with closing(results), build_progress(show_progress) as progress:
-        task = progress.add_task("building", total=len(entries))
-        for result in results:
-            if isinstance(result, Rejection):
-                rejected.append(result)
-            else:
+    def _add_entries(self, writer: ShardWriter, complete: Sequence[ShardRecord]) -> None:
+        start = complete[-1].next_entry if complete else 0
+        encode = partial(encode_entry, kind=self.opened.kind, settings=self.settings)
+        entries = self.opened.entries(start)
+        results = map_ordered(encode, entries, self.threads, _MAX_PENDING_BYTES)
+        with closing(results), self.progress.start(start, self.opened.total) as progress:
+            for result in results:
                 writer.add(result)
-            progress.advance(task)
-    return rejected
+                progress.advance(writer.bytes_written)
+
+    def _check_shards(self, shards: Sequence[ShardRecord], tail: Path) -> None:
+        """Raises DataError if there is no sample."""
+        if shards:
+            return
+        with tail.open("rb") as file:
+            first = file.readline()
+            count = bool(first) + sum(1 for _ in file)
+        if not count:
+            raise DataError(f"{self.source}: holds no entries; expected at least one sample")
+        raise DataError(
+            f"{self.source}: all {count:,} samples are bad; the first: {json.loads(first)['reason']}"
+        )
 
 
-def _publish(
-    writer: ShardWriter,
-    out: Path,
-    tokenizer: Tokenizer,
-    rejected: list[Rejection],
-    origins: Sequence[str],
-) -> BuildSummary:
-    """Complete the files, move them to a folder of their own, and switch `dataset.json` to it."""
-    building = out / BUILDING_FOLDER
-    shards = writer.finish()
-    columns = writer.columns()
-    pictures = len(columns["picture_size"])
-    index_bytes, index_digest = write_columns(
-        *(building / INDEX_FILE, len(columns["sample_entry"]), pictures),
-        lambda name: (columns[name],),
-    )
-    sync(building / INDEX_FILE)
-    names = (json.dumps(list(origins)) + "\n").encode()
-    write_synced(building / ORIGINS_FILE, names)
-    tokenizer_json = tokenizer.to_json().encode()
-    lines = [json.dumps({"index": r.index, "id": r.id, "reason": r.reason}) for r in rejected]
-    rejections = "".join(line + "\n" for line in lines).encode()
-    write_synced(building / REJECTED_FILE, rejections)
-    write_synced(building / TOKENIZER_FILE, tokenizer_json)
+def _check_numbers(
+    shard_mb: int, workers: int | None, video_fps: float, video_max_tokens: int
+) -> None:
+    if shard_mb < 1:
+        raise DataError(f"shard size {shard_mb} MB: expected at least 1")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers {workers}: expected at least 1")
+    if not 0 < video_fps < float("inf"):
+        raise DataError(f"video fps {video_fps}: expected more than 0 frames a second")
+    if video_max_tokens < 1:
+        raise DataError(f"video tokens {video_max_tokens}: expected at least 1")
 
-    # What all files follow from, the shards included: equal names mean equal files.
-    parts = (
-        *(writer.content_sha256(), writer.entries_sha256()),
-        index_digest,
-        *(sha256(content) for content in (names, tokenizer_json, rejections)),
-    )
-    folder = out / sha256("".join(parts).encode())[:16]
-    summary = BuildSummary(
-        folder=folder,
-        samples=len(columns["sample_entry"]),
-        pictures=len(columns["picture_size"]),
-        text_tokens=int(columns["sample_text_tokens"].sum(dtype=np.int64)),
-        loss_tokens=int(columns["sample_loss_tokens"].sum(dtype=np.int64)),
-        shards=len(shards),
-        rejected=tuple(rejected),
-    )
-    record = {
-        "format_version": FORMAT_VERSION,
-        "folder": folder.name,
-        "kind": "conversation",
-        "coordinates": {"convention": "relative"},
-        "video": None,
-        "samples": summary.samples,
-        "pictures": summary.pictures,
-        "text_tokens": summary.text_tokens,
-        "loss_tokens": summary.loss_tokens,
-        "rejected": len(rejected),
-        "content_sha256": writer.content_sha256(),
-        "shards": shards,
-        "index": {"name": INDEX_FILE, "bytes": index_bytes},
-        "origins": {"name": ORIGINS_FILE, "bytes": len(names), "count": len(origins)},
-        "tokenizer": {
-            "name": TOKENIZER_FILE,
-            "sha256": sha256(tokenizer_json),
-            "vocab_size": tokenizer.vocab_size,
-            "special_tokens": tokenizer.special_ids.by_token(),
+
+def _signed(form: str, options: SourceOptions, build: _Build) -> dict[str, Any]:
+    """The settings that decide what is written, as plain values."""
+    settings = build.settings
+    rule = settings.seen
+    return {
+        "form": form,
+        "options": {
+            item.name: str(getattr(options, item.name))
+            for item in fields(options)
+            if item.name != "tokenizer"
         },
-        "chat": CHAT_SETTINGS,
+        "tokenizer": sha256(settings.tokenizer.to_json().encode()),
+        "seen": rule
+        and (rule.patch_size * rule.spatial_merge_size, rule.min_pixels, rule.max_pixels),
+        "count_points": settings.count_points,
+        "video": (settings.video_fps, settings.video_max_tokens),
+        "shard_bytes": build.shard_bytes,
     }
-    folder.mkdir(exist_ok=True)
-    try:
-        for shard in shards:
-            os.replace(building / shard["name"], folder / shard["name"])
-        for name in (REJECTED_FILE, TOKENIZER_FILE, ORIGINS_FILE, INDEX_FILE):
-            os.replace(building / name, folder / name)
-        sync(folder)
-        write_atomic(out / DATASET_FILE, (json.dumps(record, indent=2) + "\n").encode())
-    except BaseException:
-        if current_build(out) != folder.name:
-            remove_build(folder)
-        raise
-    for older in build_folders(out):
-        if older != folder:
-            remove_build(older)
-    return summary
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def _summary(out: Path, record: Mapping[str, Any]) -> BuildSummary:
+    folder = out / str(record["folder"])
+    with (folder / REJECTED_FILE).open("rb") as file:
+        first = tuple(json.loads(line) for line in islice(file, _SHOWN_REJECTIONS))
+    return BuildSummary(
+        folder=folder,
+        samples=record["samples"],
+        pictures=record["pictures"],
+        text_tokens=record["text_tokens"],
+        loss_tokens=record["loss_tokens"],
+        shards=len(record["shards"]),
+        rejected=record["rejected"],
+        first_rejected=first,
+    )
+
+
+def _check_target(out: Path, overwrite: bool, published: Mapping[str, Any] | None) -> None:
     """Raises DataError unless `out` is free, or holds only what a build may replace."""
     if not out.exists():
         return
@@ -290,29 +269,33 @@ def _check_target(out: Path, overwrite: bool) -> None:
     names = {path.name for path in out.iterdir()}
     if not names:
         return
-    whole = current_build(out) is not None
+    current = current_build(out)
     leftovers = {temporary_path(out / DATASET_FILE).name, *(p.name for p in build_folders(out))}
-    if not whole and not names <= leftovers:
+    if current is None and not names <= leftovers:
         raise DataError(
             f"{out}: is not empty and holds no data set; choose another folder or empty it"
         )
-    if not overwrite:
-        state = "a data set" if whole else "what an interrupted build left"
-        raise DataError(f"{out}: holds {state}; choose another folder or add --overwrite")
+    # A build that was killed once its set was in place has only to clear away.
+    ours = published is not None and published.get("folder") == current
+    if current is not None and not overwrite and not ours:
+        raise DataError(f"{out}: holds a data set; choose another folder or add --overwrite")
 
 
-def _check_inputs(out: Path, inputs: Sequence[Path], tokenizer: Tokenizer) -> None:
-    """Raises DataError if replacing what `out` holds would remove a file that is being read."""
+def _check_inputs(out: Path, source: Path, inputs: Sequence[Path], tokenizer: Tokenizer) -> None:
+    """Raises DataError if replacing what `out` holds would remove a file that is being read, or the
+    source would hold what is written."""
+    target = out.resolve()
+    if source.is_dir() and target.is_relative_to(source.resolve()):
+        raise DataError(f"{out}: lies inside the source {source}; choose a folder outside of it")
     if not out.is_dir():
         return
-    target = out.resolve()
     doomed = (target / DATASET_FILE, *(path.resolve() for path in build_folders(out)))
-    for given in inputs:
+    for given in (source, *inputs):
         path = given.resolve()
         if not any(path.is_relative_to(place) for place in doomed):
             continue
         # The set's own tokenizer may serve again: the new set holds the same bytes.
-        if path.read_bytes() != tokenizer.to_json().encode():
+        if not path.is_file() or path.read_bytes() != tokenizer.to_json().encode():
             raise DataError(
                 f"{given}: lies among the files that replacing {out} removes; move it, or choose "
                 "another folder"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Set
 from pathlib import Path
 
 FORMAT_VERSION = 2
@@ -30,7 +31,8 @@ BUILDING_FOLDER = "building.tmp"
 
 _BUILD_NAME = re.compile(r"[0-9a-f]{16}")
 _BUILD_FILE = re.compile(
-    r"shard-\d{5,}\.tar|index\.safetensors|tokenizer\.json|origins\.json|rejected\.jsonl"
+    r"shard-\d{5,}\.(tar|columns|rejected|json)|index\.safetensors|tokenizer\.json|origins\.json"
+    r"|rejected\.jsonl|(resume|publish)\.json"
 )
 
 STILL = -(2**63)
@@ -113,10 +115,10 @@ def build_folders(folder: Path) -> list[Path]:
     ]
 
 
-def remove_build(build: Path) -> None:
+def remove_build(build: Path, keep: Set[Path] = frozenset()) -> None:
     """Remove what a build writes into its folder, then the folder if that has emptied it."""
-    for path in build.iterdir():
-        if _BUILD_FILE.fullmatch(path.name):
+    for path in sorted(build.iterdir()):
+        if path not in keep and _BUILD_FILE.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX)):
             path.unlink()
     if not any(build.iterdir()):
         build.rmdir()

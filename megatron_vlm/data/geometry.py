@@ -6,7 +6,7 @@ merged patches, keep the pixel count within bounds. Pure arithmetic on sizes; no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,10 +22,30 @@ MAX_ASPECT_RATIO = 200
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 
 
+class PictureRule(Protocol):
+    """What decides the size that a picture is resized to; a `VisionConfig` is one."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels on a patch's side."""
+
+    @property
+    def spatial_merge_size(self) -> int:
+        """Patches on a side merged into one language token."""
+
+    @property
+    def min_pixels(self) -> int:
+        """Smaller pictures are enlarged to this many pixels."""
+
+    @property
+    def max_pixels(self) -> int:
+        """Larger pictures are reduced to this many pixels."""
+
+
 def target_sizes(
     heights: ArrayLike,
     widths: ArrayLike,
-    vision: VisionConfig,
+    vision: PictureRule,
     max_tokens: ArrayLike = 0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sizes in pixels that pictures are resized to.
@@ -78,7 +98,7 @@ def target_sizes(
     return (rows * unit).astype(np.int64), (columns * unit).astype(np.int64)
 
 
-def target_size(height: int, width: int, vision: VisionConfig) -> tuple[int, int]:
+def target_size(height: int, width: int, vision: PictureRule) -> tuple[int, int]:
     """(height, width) in pixels that one picture is resized to; see `target_sizes`."""
     rows, columns = target_sizes([height], [width], vision)
     return int(rows[0]), int(columns[0])

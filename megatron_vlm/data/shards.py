@@ -1,149 +1,251 @@
-"""Writes samples into plain WebDataset tars and collects the index columns on the way.
+"""Writes samples into plain WebDataset tars, and beside each tar what the index needs of it.
 
 The tar's bytes go through a file of our own, so that a build that fails (a full disk above all)
-can drop what it has begun without writing another byte.
+can drop what it has begun without writing another byte. Nothing is held longer than its shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.data.format import COLUMNS, STILL, member_key, shard_name, sync
+from megatron_vlm.data.encode import EncodedEntry, EncodedSample, Rejection
+from megatron_vlm.data.format import (
+    COLUMNS,
+    STILL,
+    column_length,
+    member_key,
+    shard_name,
+    sync,
+    write_atomic,
+)
 
 _TYPECODES = {"int32": "i", "int64": "q"}
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedPicture:
-    """A checked picture as it goes into a shard."""
+class ShardRecord:
+    """A complete shard, and where the source goes on after it."""
 
-    encoded: bytes
-    extension: str
-    height: int
-    width: int
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedSample:
-    """A checked sample as it goes into a shard."""
-
-    key: int
-    """Place in the source list."""
-    entry: bytes
-    """The original conversation as JSON."""
-    tokens: NDArray[np.int32]
-    """[2, n] ids and loss flags."""
-    picture_positions: NDArray[np.int64]
-    """[pictures] places of the placeholders."""
-    pictures: list[EncodedPicture]
-    digest: bytes
-    """Its `sample_digest`."""
+    name: str
+    """File name of the tar."""
+    bytes: int
+    """Of the tar."""
+    samples: int
+    pictures: int
+    """Pictures and frames."""
+    frames: int
+    """Frames of videos among them."""
+    text_tokens: int
+    loss_tokens: int
+    rejected: int
+    """Samples and entries left out since the shard before it."""
+    columns_sha256: str
+    """Of the file beside it that holds its columns."""
+    rejected_sha256: str
+    """Of the file beside it that lists what was left out."""
+    next_entry: int
+    """The first entry of the source that is not in this shard or one before it."""
 
 
-def sample_digest(tokens: NDArray[np.int32], pictures: Sequence[EncodedPicture]) -> bytes:
-    """SHA-256 of what a model is shown: ids, loss flags [2, n], and the pictures as encoded."""
-    parts = [tokens.astype("<i4", order="C").tobytes(), *(p.encoded for p in pictures)]
-    # Of digests, since a plain concatenation would not tell where one part ends.
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+class ShardFiles:
+    """The files of one shard while a set is built."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        """Name them; nothing is opened."""
+        self.tar = folder / shard_name(number)
+        self.columns = self.tar.with_suffix(".columns")
+        """The shard's part of each column, one after another, then two digests a sample: of what
+        a model is shown, and of the entry."""
+        self.rejected = self.tar.with_suffix(".rejected")
+        self.record = self.tar.with_suffix(".json")
+        """Written last: a shard with a record is complete."""
+
+    def paths(self) -> set[Path]:
+        """All of them."""
+        return {self.tar, self.columns, self.rejected, self.record}
+
+    def read_record(self) -> ShardRecord | None:
+        """The record, if the shard is complete and its files are as they were written."""
+        try:
+            record = ShardRecord(**json.loads(self.record.read_bytes()))
+            whole = (
+                record.name == self.tar.name
+                and self.tar.stat().st_size == record.bytes
+                and _file_sha256(self.columns) == record.columns_sha256
+                and _file_sha256(self.rejected) == record.rejected_sha256
+            )
+        except (OSError, ValueError, TypeError):
+            return None
+        return record if whole else None
+
+    def read_column(self, name: str, record: ShardRecord) -> NDArray[Any]:
+        """The shard's part of a column; of `sample_picture_start`, counted from the shard's own
+        first picture."""
+        offset = 0
+        for column, dtype in COLUMNS.items():
+            length = column_length(column, record.samples, record.pictures)
+            if column == name:
+                return np.fromfile(self.columns, dtype, length, offset=offset)
+            offset += length * np.dtype(dtype).itemsize
+        raise KeyError(name)
+
+    def read_digests(self, record: ShardRecord) -> tuple[bytes, bytes]:
+        """Digests of what a model is shown, and of the entries, each of all samples in order."""
+        size = record.samples * _DIGEST_BYTES
+        with self.columns.open("rb") as file:
+            file.seek(-2 * size, io.SEEK_END)
+            return file.read(size), file.read(size)
 
 
 class ShardWriter:
-    """Appends samples to numbered tars."""
+    """Appends the samples of entries to numbered tars, and lists what is left out."""
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        """Write into `folder`; a shard is closed once it holds `shard_bytes` bytes."""
+    def __init__(
+        self,
+        folder: Path,
+        shard_bytes: int,
+        origins: Sequence[str],
+        complete: Sequence[ShardRecord] = (),
+    ) -> None:
+        """Go on after the shards that are complete.
+
+        Args:
+            folder: to write into.
+            shard_bytes: a shard is closed once it holds so many.
+            origins: names of the source's files, for the list of what is left out.
+            complete: the shards that `folder` holds.
+        """
         self._folder = folder
         self._shard_bytes = shard_bytes
+        self._origins = origins
+        self._complete = list(complete)
+        self._bytes = sum(record.bytes for record in complete)
+        self._next_entry = complete[-1].next_entry if complete else 0
         self._file: BinaryIO | None = None
         self._tar: tarfile.TarFile | None = None
-        self._shards: list[dict[str, Any]] = []
-        self._columns = {name: array(_TYPECODES[dtype]) for name, dtype in COLUMNS.items()}
-        self._columns["sample_picture_start"].append(0)
-        self._content = hashlib.sha256()
-        self._entries = hashlib.sha256()
+        self._start()
 
-    def add(self, sample: EncodedSample) -> None:
-        """Write one sample.
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all tars so far."""
+        return self._bytes + (self._tar.offset if self._tar else 0)
+
+    def add(self, entry: EncodedEntry) -> None:
+        """Write what came of an entry, which is the next one.
 
         Raises:
             OSError: the disk refuses.
         """
-        tar = self._tar or self._open_shard()
-        self._content.update(sample.digest)
-        self._entries.update(hashlib.sha256(sample.entry).digest())
-        shard = len(self._shards) - 1
-        key = member_key(sample.key, 0)
+        for rejection in entry.rejections:
+            self._reject(rejection)
+        self._next_entry = entry.number + 1
+        if not entry.samples:
+            return
+        tar = self._tar or self._open_tar()
+        places: list[tuple[int, int]] = []
+        for sample in entry.samples:
+            self._add_sample(entry, sample, places)
+        if tar.offset >= self._shard_bytes:
+            self._close_shard()
+
+    def finish(self) -> tuple[list[ShardRecord], Path]:
+        """Complete the last shard.
+
+        Returns:
+            The records of all shards, and the file that lists what was left out after the last.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        if self._tar is not None:
+            self._close_shard()
+        self._rejections.close()
+        return self._complete, self._files.rejected
+
+    def abort(self) -> None:
+        """Close the open files as they are; the shard that they are of is not complete."""
+        for file in (self._file, self._rejections):
+            # Closing writes what is still buffered, which the disk may refuse once more.
+            with suppress(OSError):
+                if file is not None:
+                    file.close()
+        self._file = self._tar = None
+
+    def _start(self) -> None:
+        """Begin the next shard; its tar is made when there is a sample for it."""
+        self._files = ShardFiles(self._folder, len(self._complete))
+        self._rejections: BinaryIO = self._files.rejected.open("wb")
+        self._rejected = 0
+        self._columns = {name: array(_TYPECODES[dtype]) for name, dtype in COLUMNS.items()}
+        self._columns["sample_picture_start"].append(0)
+        self._content = bytearray()
+        self._entries = bytearray()
+
+    def _reject(self, rejection: Rejection) -> None:
+        line = {**rejection._asdict(), "origin": self._origins[rejection.origin]}
+        self._rejections.write(json.dumps(line).encode() + b"\n")
+        self._rejected += 1
+
+    def _add_sample(
+        self, entry: EncodedEntry, sample: EncodedSample, places: list[tuple[int, int]]
+    ) -> None:
+        """Write a sample; `places` gets offset and size of the media that are stored with it."""
+        self._content += sample.digest
+        self._entries += hashlib.sha256(sample.entry).digest()
+        shard = len(self._complete)
+        key = member_key(entry.number, sample.draft)
         self._member(f"{key}.json", sample.entry)
         buffer = io.BytesIO()
         np.save(buffer, sample.tokens, allow_pickle=False)
         offset, size = self._member(f"{key}.tokens.npy", buffer.getvalue())
-        columns = self._columns
-        columns["sample_entry"].append(sample.key)
-        columns["sample_draft"].append(0)
-        columns["sample_origin"].append(0)
-        columns["sample_shard"].append(shard)
-        columns["sample_offset"].append(offset)
-        columns["sample_size"].append(size)
-        columns["sample_text_tokens"].append(sample.tokens.shape[1])
-        columns["sample_loss_tokens"].append(int(sample.tokens[1].sum()))
-        columns["sample_picture_start"].append(
-            columns["sample_picture_start"][-1] + len(sample.pictures)
+        for medium in entry.media[len(places) :]:
+            if medium.draft != sample.draft:
+                break
+            name = f"{key}.{medium.ordinal}.{medium.extension}"
+            places.append(self._member(name, medium.content))
+        before = self._columns["sample_picture_start"][-1]
+        self._append(
+            "sample",
+            entry=entry.number,
+            draft=sample.draft,
+            origin=entry.origin,
+            shard=shard,
+            offset=offset,
+            size=size,
+            text_tokens=sample.tokens.shape[1],
+            loss_tokens=int(sample.tokens[1].sum()),
+            picture_start=before + len(sample.pictures),
         )
-        for ordinal, picture in enumerate(sample.pictures):
-            offset, size = self._member(f"{key}.{ordinal}.{picture.extension}", picture.encoded)
-            columns["picture_shard"].append(shard)
-            columns["picture_offset"].append(offset)
-            columns["picture_size"].append(size)
-            columns["picture_height"].append(picture.height)
-            columns["picture_width"].append(picture.width)
-            columns["picture_position"].append(int(sample.picture_positions[ordinal]))
-            columns["picture_max_tokens"].append(0)
-            columns["picture_pts"].append(STILL)
-        if tar.offset >= self._shard_bytes:
-            self._close_shard()
+        for picture in sample.pictures:
+            offset, size = places[picture.medium]
+            self._append(
+                "picture",
+                shard=shard,
+                offset=offset,
+                size=size,
+                height=picture.height,
+                width=picture.width,
+                position=picture.position,
+                max_tokens=picture.max_tokens,
+                pts=picture.pts,
+            )
 
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """The index columns of everything added so far."""
-        return {name: np.array(self._columns[name], dtype) for name, dtype in COLUMNS.items()}
-
-    def content_sha256(self) -> str:
-        """Hexadecimal SHA-256 of every sample's `digest`, in order: alike for any shard size."""
-        return self._content.hexdigest()
-
-    def entries_sha256(self) -> str:
-        """Hexadecimal SHA-256 of the original conversations, in order."""
-        return self._entries.hexdigest()
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Complete the last shard.
-
-        Returns:
-            `{"name", "bytes"}` of each, in order, as `dataset.json` holds them.
-
-        Raises:
-            OSError: the disk refuses.
-        """
-        self._close_shard()
-        return self._shards
-
-    def abort(self) -> None:
-        """Close the open shard as it is, if there is one; it is no whole tar."""
-        file, self._file, self._tar = self._file, None, None
-        if file is not None:
-            # Closing writes what is still buffered, which the disk may refuse once more.
-            with suppress(OSError):
-                file.close()
+    def _append(self, table: str, **values: int) -> None:
+        for name, value in values.items():
+            self._columns[f"{table}_{name}"].append(value)
 
     def _member(self, name: str, content: bytes) -> tuple[int, int]:
         """Append a member; returns offset and size of its content in bytes."""
@@ -156,20 +258,46 @@ class ShardWriter:
         self._tar.members.clear()  # type: ignore[attr-defined]
         return offset, len(content)
 
-    def _open_shard(self) -> tarfile.TarFile:
-        path = self._folder / shard_name(len(self._shards))
-        self._file = path.open("wb")
+    def _open_tar(self) -> tarfile.TarFile:
+        self._file = self._files.tar.open("wb")
         # USTAR has no extended headers, so a member's content follows its 512-byte header.
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
-        self._shards.append({"name": path.name})
         return self._tar
 
     def _close_shard(self) -> None:
-        if self._tar is None or self._file is None:
-            return
+        """Complete the shard: everything is on the disk before its record says so."""
+        assert self._tar is not None and self._file is not None
         self._tar.close()
         self._file.close()
         self._file = self._tar = None
-        path = self._folder / self._shards[-1]["name"]
-        sync(path)
-        self._shards[-1]["bytes"] = path.stat().st_size
+        self._rejections.close()
+        columns = self._columns
+        with self._files.columns.open("wb") as file:
+            for name in COLUMNS:
+                file.write(columns[name])
+            file.write(self._content)
+            file.write(self._entries)
+        for path in (self._files.tar, self._files.columns, self._files.rejected):
+            sync(path)
+        record = ShardRecord(
+            name=self._files.tar.name,
+            bytes=self._files.tar.stat().st_size,
+            samples=len(columns["sample_entry"]),
+            pictures=len(columns["picture_size"]),
+            frames=sum(pts != STILL for pts in columns["picture_pts"]),
+            text_tokens=sum(columns["sample_text_tokens"]),
+            loss_tokens=sum(columns["sample_loss_tokens"]),
+            rejected=self._rejected,
+            columns_sha256=_file_sha256(self._files.columns),
+            rejected_sha256=_file_sha256(self._files.rejected),
+            next_entry=self._next_entry,
+        )
+        write_atomic(self._files.record, json.dumps(asdict(record)).encode())
+        self._bytes += record.bytes
+        self._complete.append(record)
+        self._start()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
