@@ -237,8 +237,9 @@ def _cut_documents(
 ) -> list[list[Slice]]:
     """Chunks of every document, in order."""
     bounds = np.cumsum(settings.chunk_weights)
-    # Rounding may leave the last bound below 1, and with it a draw beyond it.
-    draws = rng.random_sample(len(lengths)) * bounds[-1]
+    # A sum that rounding leaves below 1 would let a draw pass the last of them.
+    bounds /= bounds[-1]
+    draws = rng.random_sample(len(lengths))
     counts = np.searchsorted(bounds, draws, side="right") + 1
     chunks = []
     for document, (length, count) in enumerate(zip(lengths, counts.tolist(), strict=True)):

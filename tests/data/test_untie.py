@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models
+from tokenizers import decoders, models
 
 from megatron_vlm.data import untie
 from megatron_vlm.data.tokenizer import ID_ALPHABET, KNOT_TOKENS, Tokenizer, byte_tokenizer
@@ -269,6 +269,33 @@ def test_probabilities_hold() -> None:
         assert abs(chunks[number] - weight * 4 * touched) < 5 * deviation
 
 
+def test_weights_whose_sum_rounds() -> None:
+    # Drawn as high as a draw can be: in two, since three and four have no weight.
+    settings = UntieSettings(probability=1.0, chunk_weights=(0.3, 0.7 - 1e-7, 0.0, 0.0))
+    found = layout_row(settings, 0, [64]).pieces
+    assert len([p for p in found if isinstance(p, Slice)]) in (1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(untie, "_generator", Highest)
+        found = layout_row(settings, 0, [64] * 3).pieces
+    assert {p[1:] for p in found[:-1] if isinstance(p, Slice)} == {(0, 32), (32, 64)}
+
+
+class Highest(np.random.RandomState):
+    """Draws the highest number below 1, but for whether a row is touched."""
+
+    def random_sample(self, size: Any = None) -> Any:
+        return 0.0 if size is None else np.full(size, 1 - 2**-53)
+
+
+def test_documents_stay_as_they_are() -> None:
+    documents = documents_of([20, 20])
+    settings = UntieSettings(probability=1.0, backtrace_probability=1.0)
+    for row in range(9):
+        apply_layout(layout_row(settings, row, [20, 20]), documents, KNOTTED.knots)
+    for found, made in zip(documents, documents_of([20, 20]), strict=True):
+        assert np.array_equal(found, made)
+
+
 def test_cuts() -> None:
     even = UntieSettings(probability=1.0)
     layout = layout_row(even, 0, [11, 4000])
@@ -328,9 +355,24 @@ def test_tokenizers_that_cannot_have_knots() -> None:
     some = models.BPE({c: i for i, c in enumerate(ID_ALPHABET.replace("7", ""))}, [])
     with pytest.raises(DataError, match="no token for '7' alone"):
         Tokenizer(tokenizers.Tokenizer(some)).with_knots()
+    other = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(ID_ALPHABET)}, []))
+    other.decoder = decoders.Replace("Q", "q")
+    with pytest.raises(DataError, match="no token for 'Q' alone"):
+        Tokenizer(other).with_knots()
     gaps = models.BPE({**{c: i for i, c in enumerate(ID_ALPHABET)}, "9": 500}, [])
     with pytest.raises(DataError, match="gaps of its vocabulary"):
         Tokenizer(tokenizers.Tokenizer(gaps)).with_knots()
+
+
+def test_knots_that_the_vocabulary_itself_spells() -> None:
+    # With ignore_merges a whole word of the vocabulary is taken as it is, special or not.
+    characters = sorted(set("".join([ID_ALPHABET, *KNOT_TOKENS.values()])))
+    vocabulary = {c: i for i, c in enumerate([*characters, "<|knot_tail|>"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
+    backend.add_special_tokens(list(KNOT_TOKENS.values()))
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.knots.knot_tail == vocabulary["<|knot_tail|>"]
+    assert tokenizer.encode("<|knot_tail|>") == [vocabulary[c] for c in "<|knot_tail|>"]
 
 
 @pytest.mark.parametrize(
