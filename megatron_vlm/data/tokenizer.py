@@ -104,9 +104,10 @@ class Tokenizer:
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.special_ids = SpecialIds.from_names(vocabulary)
-        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        added = backend.get_added_tokens_decoder()
+        self._added = frozenset(added)
         # Never added here, for ids of tokenizers already in use must not change.
-        self._has_knots = added.issuperset(KNOT_TOKENS.values())
+        self._has_knots = {t.content for t in added.values()}.issuperset(KNOT_TOKENS.values())
         tokens = [*_all_tokens(), *(KNOT_TOKENS.values() if self._has_knots else ())]
         self._reserved = frozenset(vocabulary[token] for token in tokens)
         self._split_spellings = _split_spellings(tokens)
@@ -236,6 +237,33 @@ class Tokenizer:
             f"does not produce {', '.join(_all_tokens())} from text"
         )
 
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a template's own text, in which spellings of added tokens are those tokens.
+
+        Never for text of a data set: see `encode`.
+
+        Raises:
+            DataError: the text is not valid Unicode.
+        """
+        return [token for _, token in self._parse(text)]
+
+    def split_template(self, text: str) -> list[str | int]:
+        """A template's own text as runs of ordinary text and, between them, ids of added tokens.
+
+        Raises:
+            DataError: the text is not valid Unicode.
+        """
+        pieces: list[str | int] = []
+        end = 0
+        for (start, stop), token in self._parse(text):
+            if token not in self._added:
+                continue
+            if start > end:
+                pieces.append(text[end:start])
+            pieces.append(token)
+            end = stop
+        return [*pieces, text[end:]] if end < len(text) else pieces
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; special tokens are left out, or spelled when asked for."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -244,13 +272,19 @@ class Tokenizer:
         """The text of a `tokenizer.json` that holds the special tokens too."""
         return str(self._backend.to_str())
 
+    @cached_property
+    def _parser(self) -> tokenizers.Tokenizer:
+        """A second one, which takes spellings for what they spell. Switching the first one back and
+        forth would be seen by other threads."""
+        return tokenizers.Tokenizer.from_str(self.to_json())
+
+    def _parse(self, text: str) -> list[tuple[tuple[int, int], int]]:
+        _check_unicode(text)
+        encoding = self._parser.encode(text, add_special_tokens=False)
+        return list(zip(encoding.offsets, encoding.ids, strict=True))
+
     def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"text has an unpaired surrogate at character {error.start}; remove it"
-            ) from error
+        _check_unicode(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -271,6 +305,15 @@ def sha256(content: bytes) -> str:
 
 def _all_tokens() -> list[str]:
     return list(SPECIAL_TOKENS.values())
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text has an unpaired surrogate at character {error.start}; remove it"
+        ) from error
 
 
 def _split_spellings(tokens: Sequence[str]) -> re.Pattern[str]:
