@@ -30,7 +30,8 @@ class ParquetRows:
             ) from error
         self._path = path
         self._parquet = parquet
-        self._faults = (OSError, pyarrow.ArrowException)
+        # Names that are no text come as ValueError.
+        self._faults = (OSError, ValueError, OverflowError, pyarrow.ArrowException)
         self._starts = [0]
         try:
             with parquet.ParquetFile(path) as file:
@@ -45,8 +46,8 @@ class ParquetRows:
         """Rows."""
         return self._starts[-1]
 
-    def read(self, start: int) -> Iterator[dict[str, Any]]:
-        """Rows from number `start` on; row groups before it are not read.
+    def read(self, start: int) -> Iterator[dict[str, Any] | DataError]:
+        """Rows from number `start` on, or why one is bad; row groups before it are not read.
 
         Raises:
             DataError: the file cannot be read any further.
@@ -61,11 +62,25 @@ class ParquetRows:
                     if skipped >= batch.num_rows:
                         skipped -= batch.num_rows
                         continue
-                    yield from batch.slice(skipped).to_pylist()
+                    yield from _rows(batch.slice(skipped))
                     skipped = 0
         except self._faults as error:
             raise self._fault(error) from error
 
     def _fault(self, error: Exception) -> DataError:
-        line = " ".join(str(error).split())
-        return DataError(f"{self._path}: cannot be read as Parquet ({line[:200]})")
+        return DataError(f"{self._path}: cannot be read as Parquet ({_line(error)})")
+
+
+def _rows(batch: Any) -> list[dict[str, Any] | DataError]:
+    try:
+        rows: list[dict[str, Any] | DataError] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        # A text that is not UTF-8, or a date out of range: the other rows may be good.
+        if batch.num_rows > 1:
+            return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+        return [DataError(f"a value that cannot be read ({_line(error)})")]
+    return rows
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

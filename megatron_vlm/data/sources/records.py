@@ -86,20 +86,16 @@ class RecordSource:
         """As `draft.Source.entries`."""
         number = 0
         for origin, file in enumerate(self._files):
-            if number < start and number + self._count(origin) <= start:
-                number += self._count(origin)
-                continue
-            skipped = max(0, start - number)
+            first, count = number, self._counts.get(origin)
+            # Where it is not known how many there are, they have to be passed one by one.
+            skipped = min(count or 0, max(0, start - number))
             number += skipped
             for record in file.records(skipped):
-                drafts = partial(self._drafts, self.origins[origin], record)
-                yield Entry(number, origin, record.id, drafts)
+                if number >= start:
+                    drafts = partial(self._drafts, self.origins[origin], record)
+                    yield Entry(number, origin, record.id, drafts)
                 number += 1
-
-    def _count(self, origin: int) -> int:
-        if origin not in self._counts:
-            self._counts[origin] = sum(1 for _ in self._files[origin].records(0))
-        return self._counts[origin]
+            self._counts[origin] = number - first
 
     def _drafts(self, name: str, record: Record) -> Sequence[Draft]:
         try:
@@ -194,7 +190,8 @@ class ParquetFile:
     def records(self, start: int) -> Iterator[Record]:
         """As `RecordFile.records`."""
         for number, row in enumerate(self.rows.read(start), start):
-            yield Record(f"row {number}", row.get("id"), partial(_same, row))
+            given = row.get("id") if isinstance(row, dict) else None
+            yield Record(f"row {number}", given, partial(_good, row))
 
 
 def first_byte(path: Path) -> bytes:
@@ -224,5 +221,7 @@ def _read_line(path: Path, line: Line) -> Any:
     return parse_json(ByteRange(path, line.offset, line.size, "line").read())
 
 
-def _same(value: Any) -> Any:
-    return value
+def _good(row: dict[str, Any] | DataError) -> Any:
+    if isinstance(row, DataError):
+        raise row
+    return row

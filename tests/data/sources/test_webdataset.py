@@ -213,9 +213,7 @@ def test_damage_ends_the_entries_and_is_named(tmp_path: Path) -> None:
     for start in range(3):
         source = open_webdataset(tmp_path, OPTIONS)
         served = []
-        with pytest.raises(
-            DataError, match=r"0.tar: damaged at byte 6144: .*'00002.jpg'.* cut off"
-        ):
+        with pytest.raises(DataError, match=message):
             for entry in source.entries(start):
                 served.append(entry.number)
         assert served == list(range(start, 2))
