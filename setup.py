@@ -40,6 +40,7 @@ REQUIRES = [
 ]
 VIDEO = ["av>=14"]
 PDF = ["pypdfium2>=5"]
+PARQUET = ["pyarrow>=15"]
 DEMO = ["scikit-learn", "scikit-image", "matplotlib"]
 RELEASE = ["transformers>=5.10", "matplotlib", "huggingface_hub"]
 EXTRAS = {
@@ -48,6 +49,7 @@ EXTRAS = {
     "mpi": ["mpi4py>=4"],
     "video": VIDEO,
     "pdf": PDF,
+    "parquet": PARQUET,
     "demo": DEMO,
     "release": RELEASE,
     "dev": [
@@ -55,6 +57,7 @@ EXTRAS = {
         *RELEASE,
         *VIDEO,
         *PDF,
+        *PARQUET,
         "pytest",
         "pytest-xdist",
         "ruff",

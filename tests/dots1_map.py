@@ -169,17 +169,19 @@ def text_step(
         pad_multiple: each document is padded to a multiple of this many tokens.
         pad: token id of padding.
     """
-    from megatron_vlm.data.collate import PictureBatch, TextBatch, structure
+    from megatron_vlm.data.collate import TextBatch, structure
     from megatron_vlm.data.loader import LoadedStep
-    from megatron_vlm.data.plan import MicroBatchPlan, StepPlan
-    from megatron_vlm.data.rows import Row, Segment
+    from megatron_vlm.data.picture_batch import PictureBatch
+    from megatron_vlm.data.plan import StepPlan
+    from megatron_vlm.data.stream import Cursor, Window
+    from tests.engine.plans import laid_out
 
     total = len(rows) * seq_length
     tokens, labels = np.full(total, pad, dtype=np.int64), np.full(total, pad, dtype=np.int64)
     mask = np.zeros(total, dtype=np.float32)
-    planned, padded, lengths = [], [], []
+    planned = []
     for number, row in enumerate(rows):
-        used, segments = 0, []
+        used, members = 0, []
         for document in row:
             length = len(document)
             space = -(-length // pad_multiple) * pad_multiple
@@ -187,29 +189,17 @@ def text_step(
             tokens[start : start + length] = document
             labels[start : start + length - 1] = document[1:]
             mask[start : start + length - 1] = 1
-            segments.append(Segment(len(lengths), used, length, space))
-            padded.append(space)
-            lengths.append(length)
+            members.append((length, space))
             used += space
-        assert used <= seq_length
-        if used < seq_length:
-            padded.append(seq_length - used)
-            lengths.append(0)
-        planned.append(Row(tuple(segments)))
-    plan = MicroBatchPlan(
-        rows=tuple(planned),
-        cu_seqlens=np.cumsum([0, *padded]).astype(np.int32),
-        segment_lengths=np.asarray(lengths, dtype=np.int32),
-        max_seqlen=max(padded),
-        picture_spans=np.zeros((0, 2), dtype=np.int64),
-    )
+        planned.append(members)
+    plan = laid_out(planned, seq_length)
+    lengths = [length for members in planned for length, _ in members]
     step = StepPlan(
         first_row=0,
         micro_batches=((plan,),),
         pictures=(),
-        loss_tokens=int(mask.sum()),
-        tokens=sum(lengths),
-        documents=sum(length > 0 for length in lengths),
+        document_loss_tokens=np.array(lengths) - 1,
+        document_tokens=np.array(lengths),
         image_patches=0,
     )
     no_pictures = PictureBatch(
@@ -221,4 +211,4 @@ def text_step(
         torch.from_numpy(mask),
         structure(plan).position_ids,
     )
-    return LoadedStep(step, no_pictures, [text])
+    return LoadedStep(step, no_pictures, [text], 0, Cursor(Window(0, 0, 0, (0,), (0,))))

@@ -13,10 +13,10 @@ from megatron_vlm.data.build import build_dataset
 from megatron_vlm.training import datasets
 from megatron_vlm.training.datasets import (
     data_stream,
-    decode_threads,
     left_out,
-    open_held_out_sets,
-    open_training_set,
+    num_workers,
+    open_held_out_data,
+    open_training_data,
 )
 from tests.data.samples import entry
 
@@ -54,26 +54,28 @@ def config_of(train: Path, held_out: Path | None = None, **data: Any) -> RunConf
 def test_another_set_of_equal_size_is_another_stream(tmp_path: Path) -> None:
     def stream(path: Path) -> dict[str, Any]:
         config = config_of(path)
-        return data_stream(config, open_training_set(config))
+        return data_stream(config, open_training_data(config))
 
     first = stream(write(tmp_path, "a", ["one", "two"]))
     assert stream(write(tmp_path, "same", ["one", "two"])) == first
     other = stream(write(tmp_path, "b", ["one", "twO"]))
-    assert {key for key in first if first[key] != other[key]} == {"content_sha256 of data.train"}
+    assert {key for key in first if first[key] != other[key]} == {
+        "content_sha256 of data.train.train"
+    }
 
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     train = write(tmp_path, "train", ["a", "b" * 100, "c" * 200])
     held = write(tmp_path, "held", ["a", "b" * 100])
-    config = config_of(train, held, skip_too_long=True)
-    assert left_out(open_training_set(config), open_held_out_sets(config)) == [
-        "data.train: data.skip_too_long leaves out 2 of 3 samples, which are longer than "
+    config = config_of(train, held, long_samples="skip")
+    assert left_out(open_training_data(config), open_held_out_data(config).values()) == [
+        f"{train}: data.long_samples leaves out 2 of 3 samples, which are longer than "
         "training.seq_length 64",
-        "data.validation.held: data.skip_too_long leaves out 1 of 2 samples, which are longer "
-        "than training.seq_length 64",
+        f"{held}: data.long_samples leaves out 1 of 2 samples, which are longer than "
+        "training.seq_length 64",
     ]
-    short = config_of(write(tmp_path, "short", ["a"]), skip_too_long=True)
-    assert left_out(open_training_set(short), {}) == []
+    short = config_of(write(tmp_path, "short", ["a"]), long_samples="skip")
+    assert left_out(open_training_data(short), []) == []
 
 
 @pytest.mark.parametrize(
@@ -101,5 +103,5 @@ def test_threads_are_a_share_of_the_cores(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr(datasets, "usable_cores", lambda: usable)
-    assert decode_threads(config_of(Path("unused"))) == expected
-    assert decode_threads(config_of(Path("unused"), decode_threads=5)) == 5
+    assert num_workers(config_of(Path("unused"))) == expected
+    assert num_workers(config_of(Path("unused"), num_workers=5)) == 5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from megatron_vlm.data.plan import MicroBatchPlan, PicturePlan, Row, Segment, StepPlan
+from megatron_vlm.data.plan import MicroBatchPlan, PicturePlan, Row, StepPlan
 from megatron_vlm.topology.layout import Layout
 
 
@@ -29,31 +31,55 @@ def bare_layout(
     )
 
 
-def random_micro_batch(
-    rng: np.random.Generator, rows: int, row_tokens: int, multiple: int
-) -> MicroBatchPlan:
-    """Rows of random segments, each padded to `multiple`, the rest filler."""
-    padded, lengths, made, sample = [], [], [], 0
-    for _ in range(rows):
-        used, segments = 0, []
-        while used < row_tokens and rng.random() < 0.9:
-            size = int(rng.integers(1, (row_tokens - used) // multiple + 1)) * multiple
-            real = int(rng.integers(max(1, size - multiple + 1), size + 1))
-            segments.append(Segment(sample, used, real, size))
-            padded.append(size)
-            lengths.append(real)
-            used, sample = used + size, sample + 1
-        if used < row_tokens:
-            padded.append(row_tokens - used)
+def laid_out(rows: Sequence[Sequence[tuple[int, int]]], row_tokens: int) -> MicroBatchPlan:
+    """A micro-batch of rows that hold samples of given (real, padded) lengths."""
+    padded, lengths, documents, made, count = [], [], [], [], 0
+    for members in rows:
+        sizes = np.array([size for _, size in members], np.int32)
+        made.append(
+            Row(
+                number=len(made),
+                source=np.zeros(len(members), np.int32),
+                sample=np.arange(count, count + len(members)),
+                offset=np.zeros(len(members), np.int32),
+                start=(np.cumsum(sizes) - sizes).astype(np.int32),
+                length=np.array([real for real, _ in members], np.int32),
+                padded=sizes,
+            )
+        )
+        padded += sizes.tolist()
+        lengths += made[-1].length.tolist()
+        documents += range(count, count + len(members))
+        count += len(members)
+        assert sizes.sum() <= row_tokens
+        if sizes.sum() < row_tokens:
+            padded.append(row_tokens - int(sizes.sum()))
             lengths.append(0)
-        made.append(Row(tuple(segments)))
+            documents.append(-1)
     return MicroBatchPlan(
         rows=tuple(made),
         cu_seqlens=np.concatenate(([0], np.cumsum(padded))).astype(np.int32),
         segment_lengths=np.asarray(lengths, dtype=np.int32),
+        documents=np.asarray(documents, dtype=np.int32),
         max_seqlen=max(padded),
         picture_spans=np.zeros((0, 2), dtype=np.int64),
     )
+
+
+def random_micro_batch(
+    rng: np.random.Generator, rows: int, row_tokens: int, multiple: int
+) -> MicroBatchPlan:
+    """Rows of random segments, each padded to `multiple`, the rest filler."""
+    made: list[list[tuple[int, int]]] = []
+    for _ in range(rows):
+        used, members = 0, []
+        while used < row_tokens and rng.random() < 0.9:
+            size = int(rng.integers(1, (row_tokens - used) // multiple + 1)) * multiple
+            real = int(rng.integers(max(1, size - multiple + 1), size + 1))
+            members.append((real, size))
+            used += size
+        made.append(members)
+    return laid_out(made, row_tokens)
 
 
 def random_plan(
@@ -79,6 +105,8 @@ def random_plan(
                     if rng.random() < density:
                         pictures.append(
                             PicturePlan(
+                                document=0,
+                                source=0,
                                 sample=len(pictures),
                                 ordinal=0,
                                 grid_h=2,
@@ -98,8 +126,7 @@ def random_plan(
         first_row=0,
         micro_batches=tuple(groups),
         pictures=tuple(pictures[i] for i in order),
-        loss_tokens=1,
-        tokens=1,
-        documents=1,
+        document_loss_tokens=np.ones(1, np.int64),
+        document_tokens=np.ones(1, np.int64),
         image_patches=0,
     )

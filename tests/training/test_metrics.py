@@ -158,10 +158,11 @@ def _plan(pictures: list[tuple[int, int, int]]) -> StepPlan:
     """A step with pictures (grid height, grid width, encoder rank)."""
     plan = random_plan(np.random.default_rng(0), bare_layout(dp=2), 2, 2, 64, 8, 0.0)
     made = tuple(
-        PicturePlan(i, 0, height, width, 0, 0, 0, height * width // 4, rank)
+        PicturePlan(0, 0, i, 0, height, width, 0, 0, 0, height * width // 4, rank)
         for i, (height, width, rank) in enumerate(pictures)
     )
-    return StepPlan(0, plan.micro_batches, made, 1, 300, 4, sum(h * w for h, w, _ in pictures))
+    patches = sum(h * w for h, w, _ in pictures)
+    return StepPlan(0, plan.micro_batches, made, np.array([1]), np.array([300]), patches)
 
 
 def test_vision_imbalance() -> None:

@@ -12,7 +12,7 @@ from megatron_vlm.data.source import MAX_ENCODED_BYTES
 from megatron_vlm.data.sources.byte_ranges import ByteRange
 from megatron_vlm.data.sources.lines import MAX_LINE_BYTES
 from megatron_vlm.data.sources.strict_json import parse_json
-from megatron_vlm.data.sources.tar_members import Member, tar_members
+from megatron_vlm.data.sources.tar_members import CutOff, Member, tar_members
 from megatron_vlm.errors import DataError
 
 MAX_GROUP_MEMBERS = 4096
@@ -159,22 +159,28 @@ def tar_groups(path: Path) -> Iterator[Group]:
     """The groups of a tar, in order.
 
     A group is complete when the next begins. So the last one before damage, which may have lost
-    members, is not given.
+    members, is given only if the damaged member is known to be another's.
 
     Raises:
         DataError: as `tar_members`.
     """
     group: Group | None = None
-    for member in tar_members(path):
-        split = split_name(member.name)
-        if split is None:
-            continue
-        key, extension = split
-        if group is None or group.key != key:
-            if group is not None:
+    try:
+        for member in tar_members(path):
+            split = split_name(member.name)
+            if split is None:
+                continue
+            key, extension = split
+            if group is not None and group.key != key:
                 yield group
-            group = Group(path, key)
-        group.add(extension, member)
+                group = None
+            group = group or Group(path, key)
+            group.add(extension, member)
+    except CutOff as cut:
+        split = split_name(cut.name)
+        if group is not None and split is not None and split[0] != group.key:
+            yield group
+        raise
     if group is not None:
         yield group
 

@@ -30,6 +30,15 @@ _COMPRESSED = {
 }
 
 
+class CutOff(DataError):
+    """A member that the file ends within; its header is whole."""
+
+    def __init__(self, message: str, name: str) -> None:
+        """Remember which member it is."""
+        super().__init__(message)
+        self.name = name
+
+
 class Member(NamedTuple):
     """A regular file in a tar."""
 
@@ -94,10 +103,11 @@ class _Walk:
                 continue
             offset = self._at
             if offset + size > self._end:
-                raise self._damage(
+                damage = self._damage(
                     f"member {name[:200]!r} of {size} bytes is cut off: the file has "
                     f"{self._end} bytes"
                 )
+                raise CutOff(str(damage), name)
             self._at += -(-size // _BLOCK) * _BLOCK
             if kind in _FILES:
                 yield Member(name, offset, size)
