@@ -85,7 +85,9 @@ def test_truncated_and_missing_shards_are_named(tmp_path: Path) -> None:
     shard.write_bytes(whole[:3000])
     with SampleReader(index) as reader:
         reader.read_tokens(0)
-        with pytest.raises(DataError, match=r"shard-00000\.tar: cannot be read .truncated: .* ends at 3000"):
+        with pytest.raises(
+            DataError, match=r"shard-00000\.tar: cannot be read .truncated: .* ends at 3000"
+        ):
             reader.read_tokens(7)
         with pytest.raises(DataError, match=r"shard-00000\.tar: cannot be read .truncated"):
             reader.read_encoded(7, 2)

@@ -283,9 +283,7 @@ def test_what_cannot_be_read_is_blank_and_named(index: DatasetIndex) -> None:
     failed[[document for document, _ in named]] = True
     left = step.without(failed, 256)
     assert left.plan.failed == failed.sum()
-    for micro, text, before in zip(
-        left.plan.micro_batches[0], left.texts, good.texts, strict=True
-    ):
+    for micro, text, before in zip(left.plan.micro_batches[0], left.texts, good.texts, strict=True):
         assert text is not None and before is not None
         for start, stop, number in zip(
             micro.cu_seqlens, micro.cu_seqlens[1:], micro.documents, strict=False

@@ -115,9 +115,7 @@ def test_a_full_row_has_no_filler() -> None:
 def test_a_part_of_a_long_sample_holds_its_own_pictures() -> None:
     # 9 tokens a picture: text 0..59, picture 60..68, text 69..99, picture 100..108, text 109..135.
     index = index_of([120], [[(60, 84, 84), (92, 84, 84)]], loss_tokens=[117])
-    stream = stream_of(
-        index, vision=VISION, long_samples="split", shuffle=False, max_epochs=[1.0]
-    )
+    stream = stream_of(index, vision=VISION, long_samples="split", shuffle=False, max_epochs=[1.0])
     plan = step_of(stream, 0, 3, 3, 1, 1)
     [[micro]] = plan.micro_batches
     assert micro.segment_lengths.tolist() == [60, 64, 12, 0]

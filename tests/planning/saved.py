@@ -62,6 +62,7 @@ def decoder_layers(world: World, cases: list[tuple[RunConfig, list[int]]]) -> li
             rows=(None,) * config.training.micro_batch_size,  # type: ignore[arg-type]
             cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
             segment_lengths=np.array(lengths, dtype=np.int32),
+            documents=np.arange(len(lengths), dtype=np.int32),
             max_seqlen=max(lengths),
             picture_spans=np.zeros((0, 2), dtype=np.int64),
         )

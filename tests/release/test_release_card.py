@@ -92,7 +92,10 @@ def _facts(tmp_path: Path, *overrides: str, history: History = NOTHING, **more: 
     (checkpoint / "config.yaml").write_text(dump_yaml(config))
     state = {
         "progress": {"iteration": 3, "consumed_tokens": 1234},
-        "data": {"content_sha256 of data.train.train": "ab" * 32, "samples of data.train.train": 77},
+        "data": {
+            "content_sha256 of data.train.train": "ab" * 32,
+            "samples of data.train.train": 77,
+        },
         "layout": {"world_size": 8, "tp": 2, "vpp": None, "dp": 4, "sequence_parallel": True},
         "versions": {"torch": "1|2"},
     }
