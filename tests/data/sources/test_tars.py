@@ -113,6 +113,7 @@ def test_flipped_header_is_named_with_its_byte(tmp_path: Path) -> None:
         (gzip.compress(b"x" * 2000), "compressed with gzip; unpack"),
         (b"{" * 2000, "damaged at byte 0"),
     ],
+    ids=["empty", "zeros", "gzip", "text"],
 )
 def test_no_tar(tmp_path: Path, content: bytes, message: str | None) -> None:
     path = tmp_path / "t.tar"
