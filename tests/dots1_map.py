@@ -200,6 +200,7 @@ def text_step(
         pictures=(),
         document_loss_tokens=np.array(lengths) - 1,
         document_tokens=np.array(lengths),
+        document_samples=np.ones(len(lengths), np.int64),
         image_patches=0,
     )
     no_pictures = PictureBatch(

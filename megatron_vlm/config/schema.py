@@ -431,6 +431,27 @@ LongSamples = Literal["refuse", "skip", "split"]
 DecoderName = Literal["auto", "cpu", "dali", "nvjpeg"]
 
 
+class UntieConfig(_Section):
+    """Untie the Knots (arXiv 2409.04774): documents of a row cut into chunks and shuffled, which
+    teaches long contexts with plain text. The defaults are the published code's."""
+
+    seed: int = Field(47, ge=0)
+    """Decides the cuts of every row, with the row's number."""
+    probability: float = Field(0.3, ge=0, le=1)
+    """Share of rows that are touched; the paper has 0.3 or 0.8."""
+    chunk_weights: tuple[float, ...] = (0.0, 0.0, 1.0)
+    """Probabilities that a document is cut into 1, 2, 3 chunks; a fourth is that of chunks of
+    fixed_chunk_tokens, however many."""
+    cut: Literal["even", "random"] = "even"
+    """Chunks of equal length, or cut at random places."""
+    fixed_chunk_tokens: int = Field(1024, gt=0)
+    """Tokens of a chunk of fixed length."""
+    preserve_order: bool = False
+    """Keep a document's chunks in order among each other."""
+    backtrace_probability: float = Field(0.0, ge=0, le=1)
+    """Share of touched rows whose chunks bear random IDs, to be listed after a document's last."""
+
+
 class SourceConfig(_Section):
     """One data set of a mixture, and its part in it."""
 
@@ -445,6 +466,9 @@ class SourceConfig(_Section):
     max_epochs: float | None = Field(None, gt=0)
     """Passes after which nothing more is drawn from it; null: endless. Where all sources have
     ended, the run ends, whatever training.train_iters says."""
+    untie: UntieConfig | None = None
+    """Fill rows of their own with its documents, each row one segment, cut and shuffled. For text
+    that is learned throughout, of a set built with `--knots`; use data.long_samples=split."""
 
 
 class MixturePoint(_Section):

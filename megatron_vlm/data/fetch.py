@@ -8,7 +8,7 @@ opened anew: network file systems go away and come back.
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BytesIO, FileIO
 from logging import getLogger
 from threading import Event, Lock
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.index import DatasetIndex
+from megatron_vlm.data.tokenizer import KnotIds, Tokenizer
 from megatron_vlm.errors import DataError
 
 logger = getLogger(__name__)
@@ -94,6 +95,15 @@ class SampleReader:
             int(columns.picture_offset[picture]),
             int(columns.picture_size[picture]),
         )
+
+    @cached_property
+    def knots(self) -> KnotIds:
+        """The knots of the set's tokenizer.
+
+        Raises:
+            DataError: it has none.
+        """
+        return Tokenizer.load(self.index.tokenizer_path).knots
 
     def close(self) -> None:
         """Close the shards and stop trying again. Reading again opens them again."""

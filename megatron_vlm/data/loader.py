@@ -21,8 +21,9 @@ from megatron_vlm.data.collate import Document, TextBatch, collate_text, read_do
 from megatron_vlm.data.decoders import PictureDecoder
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.picture_batch import PictureBatch, PictureFetch
-from megatron_vlm.data.plan import StepPlan, plan_step
-from megatron_vlm.data.stream import Cursor, RowStream
+from megatron_vlm.data.plan import StepPlan, plan_step, untied_layout
+from megatron_vlm.data.stream import Cursor, Row, RowStream
+from megatron_vlm.data.untie import apply_layout
 from megatron_vlm.data.workers import Task, WorkerPool
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class LoadedStep(NamedTuple):
         """The step once all ranks agree on what could not be read.
 
         Args:
-            failed: bool [samples of the step].
+            failed: bool [segments of the step].
             pad_id: what takes the place of their tokens.
         """
         for micro, text in zip(self.plan.micro_batches[self.replica], self.texts, strict=True):
@@ -255,9 +256,11 @@ class StepLoader:
         if not self._view.needs_text:
             return numbers, tasks
         for micro in plan.micro_batches[self._view.replica]:
-            held = micro.documents[micro.documents >= 0].tolist()
-            numbers += held
+            numbers += micro.documents[micro.documents >= 0].tolist()
             for row in micro.rows:
+                if row.untied:
+                    tasks.append(self._untied_task(row))
+                    continue
                 for piece in zip(
                     row.source.tolist(),
                     row.sample.tolist(),
@@ -274,6 +277,26 @@ class StepLoader:
             lambda: reader.index.describe(sample),
             lambda: read_document(reader, samples, sample, offset, length),
         )
+
+    def _untied_task(self, row: Row) -> Task:
+        number = int(row.source[0])
+        reader, source = self._readers[number], self._stream.sources[number]
+
+        def read() -> Document:
+            documents = [
+                read_document(reader, source.samples, sample, offset, length)
+                for sample, offset, length in zip(
+                    row.sample.tolist(), row.offset.tolist(), row.length.tolist(), strict=True
+                )
+            ]
+            pairs = [(document.ids, document.flags) for document in documents]
+            return Document(*apply_layout(untied_layout(self._stream, row), pairs, reader.knots))
+
+        def describe() -> str:
+            named = ", ".join(str(sample) for sample in row.sample.tolist())
+            return f"{reader.index.path}: an untied row of samples {named}"
+
+        return Task(describe, read)
 
     def _take(self) -> LoadedStep:
         with self._changed:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_vlm.data.sample_set import Pieces, SampleSet
 from megatron_vlm.data.stream import Cursor, Row, RowStream
+from megatron_vlm.data.untie import Layout, layout_row
 from megatron_vlm.errors import ConfigError
 
 _NONE = np.zeros(0, np.int32)
@@ -26,7 +27,7 @@ class PicturePlan:
     """One picture of the step: where its features go and who computes them."""
 
     document: int
-    """Number of its sample within the step."""
+    """Number of its segment within the step."""
     source: int
     """Number of its source."""
     sample: int
@@ -60,7 +61,7 @@ class MicroBatchPlan:
     segment_lengths: NDArray[np.int32]
     """[segments] real tokens of each; 0 for filler, and for a sample that could not be read."""
     documents: NDArray[np.int32]
-    """[segments] number within the step of the sample that each holds; -1 for filler."""
+    """[segments] number of each within the step, filler left out; -1 for filler."""
     max_seqlen: int
     """Longest padded segment, in tokens."""
     picture_spans: NDArray[np.int64]
@@ -83,13 +84,16 @@ class StepPlan:
     pictures: tuple[PicturePlan, ...]
     """Every picture of the step, by row, then by place in the row: the same for any layout."""
     document_loss_tokens: NDArray[np.int64]
-    """[samples] target tokens of each sample; 0 for one that could not be read."""
+    """[segments] target tokens of each sample, or of an untied row's samples together; 0 for what
+    could not be read."""
     document_tokens: NDArray[np.int64]
-    """[samples] real tokens of each, without padding; 0 for one that could not be read."""
+    """[segments] real tokens of each, without padding; 0 for what could not be read."""
+    document_samples: NDArray[np.int64]
+    """[segments] source samples of each: 1, or those of an untied row."""
     image_patches: int
     """Patches of all pictures."""
     failed: int = 0
-    """Samples that could not be read; they are laid out as planned, as filler."""
+    """Source samples that could not be read; they are laid out as planned, as filler."""
 
     @property
     def loss_tokens(self) -> int:
@@ -104,7 +108,7 @@ class StepPlan:
     @property
     def documents(self) -> int:
         """Source samples, those that could not be read included."""
-        return len(self.document_tokens)
+        return int(self.document_samples.sum())
 
     def without(self, failed: NDArray[np.bool_]) -> StepPlan:
         """The plan once some samples turned out to be unreadable.
@@ -113,7 +117,7 @@ class StepPlan:
         no loss, no load on experts, no tokens.
 
         Args:
-            failed: bool [samples].
+            failed: bool [segments].
         """
         micro_batches = tuple(
             tuple(
@@ -132,7 +136,7 @@ class StepPlan:
             micro_batches=micro_batches,
             document_loss_tokens=np.where(failed, 0, self.document_loss_tokens),
             document_tokens=np.where(failed, 0, self.document_tokens),
-            failed=self.failed + int(failed.sum()),
+            failed=self.failed + int(self.document_samples[failed].sum()),
         )
 
 
@@ -261,8 +265,9 @@ def plan_rows(
         first_row=next((row.number for row in rows if row.number >= 0), -1),
         micro_batches=tuple(micro_batches),
         pictures=tuple(PicturePlan(*values) for values in planned_pictures),
-        document_loss_tokens=_loss_tokens(stream, table),
-        document_tokens=table.length,
+        document_loss_tokens=_loss_tokens(stream, rows, table),
+        document_tokens=table.by_unit(table.length),
+        document_samples=np.bincount(table.unit, minlength=table.units).astype(np.int64),
         image_patches=int(patches.sum()),
     )
 
@@ -333,6 +338,8 @@ class _Table:
     bounds: NDArray[np.int64]
     """[rows + 1] samples of each row."""
     row: NDArray[np.int64]
+    unit: NDArray[np.int64]
+    """The segment that each belongs to: its own, or its untied row's."""
     source: NDArray[np.int64]
     sample: NDArray[np.int64]
     offset: NDArray[np.int64]
@@ -343,16 +350,37 @@ class _Table:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> _Table:
         counts = [len(row.sample) for row in rows]
+        unit = np.arange(sum(counts))
+        if any(row.untied for row in rows):
+            begins = np.concatenate(
+                [np.arange(count) == 0 if row.untied else np.ones(count, bool)
+                 for row, count in zip(rows, counts, strict=True)]
+            )  # fmt: skip
+            unit = np.cumsum(begins) - 1
         columns = [
             np.concatenate([getattr(row, name) for row in rows]).astype(np.int64)
             for name in ("source", "sample", "offset", "start", "length", "padded")
         ]
-        return cls(np.cumsum([0, *counts]), np.repeat(np.arange(len(rows)), counts), *columns)
+        return cls(np.cumsum([0, *counts]), np.repeat(np.arange(len(rows)), counts), unit, *columns)
+
+    @property
+    def units(self) -> int:
+        """Segments, filler left out."""
+        return int(self.unit[-1]) + 1 if len(self.unit) else 0
+
+    def by_unit(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[units] sums over the samples of each."""
+        return np.asarray(np.bincount(self.unit, values, self.units), np.int64)
+
+    def row_of_unit(self) -> NDArray[np.int64]:
+        """[units] the row of each."""
+        return self.row[np.searchsorted(self.unit, np.arange(self.units))]
 
     def attention_costs(self) -> NDArray[np.float64]:
         """[rows] what each row's attention costs, relative."""
-        squares = np.square(self.padded, dtype=np.float64)
-        return np.asarray(np.bincount(self.row, squares, len(self.bounds) - 1), np.float64)
+        squares = np.square(self.by_unit(self.padded), dtype=np.float64)
+        rows = len(self.bounds) - 1
+        return np.asarray(np.bincount(self.row_of_unit(), squares, rows), np.float64)
 
     def by_source(self) -> list[tuple[int, NDArray[np.int64]]]:
         """Places of each source's samples."""
@@ -361,7 +389,7 @@ class _Table:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Segments:
-    """All segments of some rows: their samples, and each row's unused tail."""
+    """All segments of some rows: their samples (an untied row's as one), and each unused tail."""
 
     bounds: list[int]
     """[rows + 1] segments of each row."""
@@ -373,15 +401,15 @@ class _Segments:
     def of(cls, table: _Table, seq_length: int) -> _Segments:
         rows = len(table.bounds) - 1
         used = np.bincount(table.row, table.padded, minlength=rows).astype(np.int64)
+        counts = np.bincount(table.row_of_unit(), minlength=rows)
         short = np.flatnonzero(used < seq_length)
-        at = table.bounds[short + 1]
-        counts = np.diff(table.bounds)
+        at = np.cumsum(counts)[short]
         counts[short] += 1
         return cls(
             np.cumsum([0, *counts]).tolist(),
-            np.insert(table.padded, at, seq_length - used[short]).astype(np.int32),
-            np.insert(table.length, at, 0).astype(np.int32),
-            np.insert(np.arange(len(table.length)), at, -1).astype(np.int32),
+            np.insert(table.by_unit(table.padded), at, seq_length - used[short]).astype(np.int32),
+            np.insert(table.by_unit(table.length), at, 0).astype(np.int32),
+            np.insert(np.arange(table.units), at, -1).astype(np.int32),
         )
 
     def micro_batch(
@@ -422,7 +450,7 @@ def _find_pictures(stream: RowStream, table: _Table) -> _Pictures:
         parts.append(
             (
                 row[document][kept],
-                document[kept],
+                table.unit[document[kept]],
                 np.full(len(kept), number),
                 sample[document][kept],
                 ordinal[kept],
@@ -439,7 +467,7 @@ def _find_pictures(stream: RowStream, table: _Table) -> _Pictures:
     return _Pictures(*(column[order] for column in columns_of))
 
 
-def _loss_tokens(stream: RowStream, table: _Table) -> NDArray[np.int64]:
+def _loss_tokens(stream: RowStream, rows: Sequence[Row], table: _Table) -> NDArray[np.int64]:
     found = np.zeros(len(table.sample), np.int64)
     for number, mine in table.by_source():
         pieces = Pieces(
@@ -448,4 +476,16 @@ def _loss_tokens(stream: RowStream, table: _Table) -> NDArray[np.int64]:
             table.length[mine].astype(np.int32),
         )
         found[mine] = stream.sources[number].samples.loss_tokens(pieces)
+    found = table.by_unit(found)
+    for number, row in enumerate(rows):
+        if row.untied:
+            unit = table.unit[table.bounds[number]]
+            found[unit] = untied_layout(stream, row).num_targets
     return found
+
+
+def untied_layout(stream: RowStream, row: Row) -> Layout:
+    """How the samples of an untied row are cut and shuffled."""
+    settings = stream.sources[int(row.source[0])].untie
+    assert settings is not None
+    return layout_row(settings, row.number, row.length.tolist())

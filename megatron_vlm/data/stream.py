@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from megatron_vlm.data.mixture import Phase, next_draws
 from megatron_vlm.data.packing import pack_best_fit, pack_in_order
 from megatron_vlm.data.sample_set import Pieces, SampleSet
+from megatron_vlm.data.untie import UntieSettings
 from megatron_vlm.errors import DataError
 
 _KEPT_WINDOWS = 4
@@ -44,7 +45,10 @@ class Row:
     length: NDArray[np.int32]
     """[samples] real tokens, pictures at their full number."""
     padded: NDArray[np.int32]
-    """[samples] tokens up to the next: `length` rounded up to `pad_multiple`."""
+    """[samples] tokens up to the next: `length` rounded up to `pad_multiple`; of an untied row only
+    the last is."""
+    untied: bool = False
+    """Whether its samples are one segment, cut into chunks and shuffled (`data.untie`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ class Source:
     samples: SampleSet
     max_epochs: float | None = None
     """Passes over the set after which nothing more is drawn from it; null: endless."""
+    untie: UntieSettings | None = None
+    """How its documents share rows of their own as one segment; null: as all others."""
 
     @property
     def limit(self) -> int | None:
@@ -161,6 +167,7 @@ class RowStream:
         self._multiple = pad_multiple
         self._window_rows = packing_rows
         self._shuffle = shuffle
+        self._untied = [n for n, source in enumerate(self.sources) if source.untie is not None]
         self._seed = seed
         # By name, so that adding a source leaves the orders of the others as they are.
         self._keys = [
@@ -206,16 +213,48 @@ class RowStream:
         pieces, source, following, ended = self._draw(start)
         if len(pieces.length) and pieces.length.max() > self.seq_length:
             raise DataError("a sample that waits is longer than a row; the position is damaged")
-        units = (-(-pieces.length // self._multiple)).tolist()
-        capacity, most = self.seq_length // self._multiple, None if ended else self._window_rows
-        if self._shuffle:
-            bins, left = pack_best_fit(units, capacity, most, len(start.waiting))
-        else:
-            bins, left = pack_in_order(units, capacity, most)
+        bins, left = self._bins(pieces, source, len(start.waiting), ended)
         table = (source[left], pieces.sample[left], pieces.offset[left], pieces.length[left])
         waiting = tuple(zip(*(column.tolist() for column in table), strict=True))
         rows = self._lay_out(start.rows, bins, pieces, source)
         return rows, replace(following, rows=start.rows + len(rows), waiting=waiting)
+
+    def _bins(
+        self, pieces: Pieces, source: NDArray[np.int32], waiting: int, ended: bool
+    ) -> tuple[list[list[int]], list[int]]:
+        """Places of each row's pieces, in the order of the rows; and of those that have to wait.
+
+        The pieces of an untied source fill rows of their own, as many as they fill to the end.
+        """
+        units = -(-pieces.length // self._multiple)
+        capacity = self.seq_length // self._multiple
+        free = None if ended else self._window_rows
+        if not self._untied:
+            return self._packed_bins(units.tolist(), capacity, free, waiting)
+        bins: list[list[int]] = []
+        left: list[int] = []
+        others = np.ones(len(source), bool)
+        groups: list[tuple[NDArray[np.int64], int | None]] = []
+        for number in self._untied:
+            mine = source == number
+            others &= ~mine
+            most = None if free is None else min(int(units[mine].sum()) // capacity, free)
+            groups.append((np.flatnonzero(mine), most))
+            free = None if free is None or most is None else free - most
+        groups.append((np.flatnonzero(others), free))
+        for places, most in groups:
+            first = int(np.searchsorted(places, waiting))
+            found, over = self._packed_bins(units[places].tolist(), capacity, most, first)
+            bins += [places[members].tolist() for members in found]
+            left += places[over].tolist()
+        return sorted(bins), sorted(left)
+
+    def _packed_bins(
+        self, sizes: Sequence[int], capacity: int, most: int | None, first: int
+    ) -> tuple[list[list[int]], list[int]]:
+        if self._shuffle:
+            return pack_best_fit(sizes, capacity, most, first)
+        return pack_in_order(sizes, capacity, most)
 
     def _draw(self, window: Window) -> tuple[Pieces, NDArray[np.int32], Window, bool]:
         """What a window packs: what waits, then draws until its rows could be full.
@@ -228,7 +267,9 @@ class RowStream:
         found = [
             Pieces(waiting[:, 1], waiting[:, 2].astype(np.int32), waiting[:, 3].astype(np.int32))
         ]
-        missing = self._window_rows * self.seq_length - self._padded(found[0].length)
+        # Each untied source may hold back what does not fill a row, and a window must have one.
+        wanted = self._window_rows + len(self._untied)
+        missing = wanted * self.seq_length - self._padded(found[0].length)
         window = replace(window, waiting=())
         while missing > 0:
             source, pieces, window, progress = self._some_draws(window, missing)
@@ -357,6 +398,13 @@ class RowStream:
         length = pieces.length[order]
         padded = -(-length // self._multiple) * self._multiple
         bounds = np.cumsum([0, *(len(members) for members in bins)]).tolist()
+        untied = np.isin(source[order[bounds[:-1]]], self._untied).tolist()
+        for number in np.flatnonzero(untied).tolist():
+            # One segment: nothing lies between its documents.
+            inside = slice(bounds[number], bounds[number + 1])
+            total = int(length[inside].sum())
+            padded[inside] = length[inside]
+            padded[bounds[number + 1] - 1] += -total % self._multiple
         before = np.cumsum(padded, dtype=np.int64) - padded
         counts = np.diff(bounds)
         start = (before - np.repeat(before[bounds[:-1]], counts)).astype(np.int32)
@@ -370,6 +418,7 @@ class RowStream:
                 start[low:high],
                 length[low:high],
                 padded[low:high],
+                untied[number - first],
             )
             for number, (low, high) in enumerate(pairwise(bounds), first)
         ]

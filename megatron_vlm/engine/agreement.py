@@ -27,7 +27,7 @@ def agree_on_failures(
     Raises:
         TaskFailed: more failed; on every rank.
     """
-    found = torch.zeros(loaded.plan.documents, dtype=torch.uint8)
+    found = torch.zeros(len(loaded.plan.document_tokens), dtype=torch.uint8)
     found[[failure.document for failure in loaded.failures]] = 1
     found = found.to(device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)

@@ -14,6 +14,8 @@ from megatron_vlm.data.mixture import Phase, Weights, phases
 from megatron_vlm.data.ordered import usable_cores
 from megatron_vlm.data.sample_set import SampleSet
 from megatron_vlm.data.stream import RowStream, Source
+from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.untie import UntieSettings
 from megatron_vlm.errors import ConfigError, DataError
 
 _MOST_WORKERS = 8
@@ -50,7 +52,13 @@ def open_training_data(config: RunConfig) -> OpenData:
         )
     # In the order of their names, so that the order of lines in a recipe means nothing.
     named = sorted(settings.train.items())
-    sources = [Source(name, _open(config, s.path), s.max_epochs) for name, s in named]
+    sources = []
+    for name, given in named:
+        samples = _open(config, given.path)
+        untie = None if given.untie is None else UntieSettings(**given.untie.model_dump())
+        if untie is not None:
+            _check_untied(name, samples)
+        sources.append(Source(name, samples, given.max_epochs, untie))
     first = sources[0].samples.index
     for source in sources[1:]:
         index = source.samples.index
@@ -90,6 +98,7 @@ def data_stream(config: RunConfig, data: OpenData) -> dict[str, str | int | floa
             f"{name}.weight": given.weight,
             f"{name}.repeat": given.repeat,
             f"{name}.max_epochs": given.max_epochs,
+            f"{name}.untie": str(given.untie) if given.untie is not None else None,
         }
     schedule = "; ".join(str(point) for point in settings.schedule)
     return found | {
@@ -142,6 +151,22 @@ def _open(config: RunConfig, path: str) -> SampleSet:
     return SampleSet(
         index, config.training.seq_length, config.model.vision, config.data.long_samples
     )
+
+
+def _check_untied(name: str, samples: SampleSet) -> None:
+    """Raises DataError unless documents can be cut anywhere and their targets be counted."""
+    index, columns = samples.index, samples.index.columns
+    whole = columns.sample_loss_tokens == columns.sample_text_tokens - 1
+    if index.num_pictures or not whole.all():
+        found = f"{index.num_pictures} pictures" if index.num_pictures else "other samples"
+        raise DataError(
+            f"data.train.{name}.untie: {index.path} holds {found}; expected documents of text, "
+            "learned throughout: take untie away or name another set"
+        )
+    try:
+        _ = Tokenizer.load(index.tokenizer_path).knots
+    except DataError as error:
+        raise DataError(f"data.train.{name}.untie: {index.path}: {error}") from error
 
 
 def _opened(

@@ -128,5 +128,6 @@ def random_plan(
         pictures=tuple(pictures[i] for i in order),
         document_loss_tokens=np.ones(1, np.int64),
         document_tokens=np.ones(1, np.int64),
+        document_samples=np.ones(1, np.int64),
         image_patches=0,
     )

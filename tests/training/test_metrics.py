@@ -162,7 +162,7 @@ def _plan(pictures: list[tuple[int, int, int]]) -> StepPlan:
         for i, (height, width, rank) in enumerate(pictures)
     )
     patches = sum(h * w for h, w, _ in pictures)
-    return StepPlan(0, plan.micro_batches, made, np.array([1]), np.array([300]), patches)
+    return StepPlan(0, plan.micro_batches, made, *(np.array([n]) for n in (1, 300, 4)), patches)
 
 
 def test_vision_imbalance() -> None:
