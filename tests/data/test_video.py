@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -179,6 +180,13 @@ def test_frames_left_out_after_a_jump_are_found_without_one(
         np.testing.assert_array_equal(image, frames[one])
     assert len(decodes) == 2
 
+    def stumbles(self: Reader, keyframe: int) -> Iterator[Any]:
+        raise av.error.InvalidDataError(1, "Invalid data")
+
+    monkeypatch.setattr(Reader, "frames_from", stumbles)
+    for one, image in zip(wanted, decode_frames(data, wanted), strict=True):
+        np.testing.assert_array_equal(image, frames[one])
+
 
 def test_frames_that_are_not_there() -> None:
     data = of_kind("h264")
@@ -267,6 +275,13 @@ def test_a_size_that_changes() -> None:
     refused(first + second, "changes its size from 64x48 to 64x96")
 
 
+def test_titles_in_any_encoding() -> None:
+    data = video(frames=20, options={"movflags": "use_metadata_tags"}, title="12345678")
+    other = data.replace(b"12345678", b"\xfc\xe4\xf6\xff1234")
+    assert other != data
+    assert sample_video(other, 1.0, 81920) == sample_video(data, 1.0, 81920)
+
+
 def test_headers_that_lie() -> None:
     data = of_kind("h264")
     expected = sample_video(data, 1.0, 81920)
@@ -284,6 +299,25 @@ def test_headers_that_lie() -> None:
         start = data.index(b"strh") + 8 + 32
         lying[start : start + 4] = count.to_bytes(4, "little")
         assert sample_video(bytes(lying), 1.0, 81920) == expected
+
+
+def test_of_frames_of_one_time_the_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = Reader.frames
+
+    def doubled(self: Reader) -> Iterator[Any]:
+        for number, frame in enumerate(frames(self)):
+            if number in (11, 12, 31):
+                frame.pts = 1024 * (number - number % 10)
+            yield frame
+
+    data = of_kind("h264")
+    expected = sample_video(data, 1.0, 81920)
+    monkeypatch.setattr(Reader, "frames", doubled)
+    sample = sample_video(data, 1.0, 81920)
+    assert sample == expected
+    images = list(decode_frames(data, [10240, 30720]))
+    for one, image in zip((10240, 30720), images, strict=True):
+        np.testing.assert_array_equal(image, decoded(data)[one])
 
 
 def test_a_frame_a_year_later() -> None:
@@ -354,6 +388,13 @@ def test_want_of_memory_is_not_the_video_s_fault(monkeypatch: pytest.MonkeyPatch
     def fail(self: Reader) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(Reader, "frames", fail)
-    with pytest.raises(MemoryError):
-        sample_video(of_kind("h264"), 1.0, 81920)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "frames", fail)
+        with pytest.raises(MemoryError):
+            sample_video(of_kind("h264"), 1.0, 81920)
+
+    def absurd(self: Reader) -> Any:
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(Reader, "frames", absurd)
+    refused(of_kind("h264"), "Cannot allocate memory")

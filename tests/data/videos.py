@@ -33,12 +33,14 @@ def video(
     gop: int = 12,
     options: dict[str, str] | None = None,
     audio: bool = False,
+    title: str = "",
 ) -> bytes:
     """A video; `pts` counts in 1/fps seconds; without frames, sound alone."""
     height, width = size
     with TemporaryDirectory() as folder:
         path = Path(folder) / "video"
         with av.open(str(path), "w", format=kind, options=options or {}) as container:
+            container.metadata["title"] = title
             stream: Any = None
             if frames:
                 stream = container.add_stream(codec, rate=fps)
