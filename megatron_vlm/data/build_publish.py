@@ -8,9 +8,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.build_state import BuildState
@@ -180,9 +179,7 @@ def _join(paths: Sequence[Path], joined: Path) -> tuple[str, int]:
         return hashlib.file_digest(file, "sha256").hexdigest(), lines
 
 
-def _digest_samples(
-    shards: Sequence[ShardRecord], files: Sequence[ShardFiles]
-) -> tuple[str, str]:
+def _digest_samples(shards: Sequence[ShardRecord], files: Sequence[ShardFiles]) -> tuple[str, str]:
     """SHA-256 over the digests of all samples, and of their entries: alike for any shard size."""
     content, entries = hashlib.sha256(), hashlib.sha256()
     for shard, own in zip(shards, files, strict=True):

@@ -28,7 +28,7 @@ def test_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "2 samples, 1 pictures" in out
     assert "1 samples rejected" in out
-    assert "sample 1 (id lost): image 'b.png'" in out
+    assert "entry 1 (id lost): image 'b.png'" in out
     assert open_dataset(tmp_path / "out").num_samples == 2
     tokenizer = ["--tokenizer", str(open_dataset(tmp_path / "out").tokenizer_path)]
     assert main([*command, *tokenizer, "--overwrite", "--shard-size-mb", "3"]) == 0
