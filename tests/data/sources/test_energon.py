@@ -162,8 +162,8 @@ def test_other_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "paths", "message"),
     [
-        ({"txt": b"c"}, CAPTIONS, "image: no member .jpg; the sample has .txt"),
-        ({"jpg": b"p"}, CAPTIONS, "no member .txt; the sample has .jpg"),
+        ({"txt": b"c"}, CAPTIONS, "image: no member .jpg; the sample has 'txt'"),
+        ({"jpg": b"p"}, CAPTIONS, "no member .txt; the sample has 'jpg'"),
         ({"jpg": b"p", "txt": b"\xff"}, CAPTIONS, "not UTF-8"),
         ({"jpg": b"p", "txt": b"c"}, {"image": "txt", "caption": "txt"}, "no extension of a image"),
         (
@@ -203,9 +203,13 @@ def crude(name: str, module: str = "megatron.energon") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("dataset.yaml", crude("CrudeWebdataset"), "CrudeWebdataset leaves it to code"),
-        ("dataset.yaml", crude("ImageSample"), "megatron.energon.ImageSample; expected one of Cap"),
-        ("dataset.yaml", crude("CaptioningSample", "my.code"), "my.code.CaptioningSample; expec"),
+        ("dataset.yaml", crude("CrudeWebdataset"), "'CrudeWebdataset' leaves it to code"),
+        (
+            "dataset.yaml",
+            crude("ImageSample"),
+            "'megatron.energon.ImageSample'; expected one of Cap",
+        ),
+        ("dataset.yaml", crude("CaptioningSample", "my.code"), "'my.code.CaptioningSample'; expec"),
         ("dataset.yaml", {"sample_type": None}, "names no __class__"),
         ("dataset.yaml", {"field_map": None}, "expected a field_map"),
         ("dataset.yaml", {"field_map": {"image": "jpg"}}, "field_map has no caption"),
@@ -216,7 +220,11 @@ def crude(name: str, module: str = "megatron.energon") -> dict[str, Any]:
             {"field_map": None, "sample_loader": "sample_loader.py:load", "part_filter": "x"},
             "sample_loader is code, which is not run; declare a field_map",
         ),
-        ("split.yaml", {"split_parts": {"test": []}}, "no part 'train'; --split takes one of test"),
+        (
+            "split.yaml",
+            {"split_parts": {"test": []}},
+            "no part 'train'; --split takes one of 'test'",
+        ),
         ("split.yaml", {"split_parts": []}, "expected split_parts"),
         ("split.yaml", {"split_parts": {"train": []}}, "part 'train' has no tars"),
         ("split.yaml", {"split_parts": {"train": "x"}}, "split_parts.train: expected a list"),
