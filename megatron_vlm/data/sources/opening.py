@@ -100,7 +100,9 @@ def _choose_folder(path: Path, options: SourceOptions) -> Choice:
         what = f"files of several forms ({', '.join(sorted(found))})" if found else "no known files"
         raise DataError(f"{path}: holds {what}; say which with --form {' or '.join(FORMS)}")
     form = found.pop()
-    return _choose_records(path, options) if form == "records" else Choice(form, "of its files")
+    if form == "records":
+        return _choose_records(path, options)
+    return Choice(form, f"it holds .{'txt' if form == 'text' else form} files")
 
 
 def _choose_file(path: Path, options: SourceOptions) -> Choice:
@@ -162,12 +164,20 @@ def _open_any_text(path: Path, options: SourceOptions) -> Source:
     return open_text_lines(path, options) if records else open_text(path, options)
 
 
+def _open_pdf(path: Path, options: SourceOptions) -> Source:
+    # Its library is an extra.
+    from megatron_vlm.data.pdf.source import PdfSource
+
+    return PdfSource(path, options.pdf_mode, options.pdf)
+
+
 FORMS: dict[str, Form] = {
     "conversations": Form(open_conversations, "LLaVA `conversations`, `messages` or `sessions`"),
     "interleaved": Form(open_interleaved, "OBELICS or MINT: `images` and `texts`, aligned"),
     "webdataset": Form(open_webdataset, "tars whose members form samples by their names"),
     "energon": Form(open_energon, "a folder that Megatron-Energon prepared"),
     "text": Form(_open_any_text, "`.txt` files, or JSON lines with a text field"),
+    "pdf": Form(_open_pdf, "PDF files, as documents or as pages with covered text"),
     "megatron": Form(open_megatron_tokens, "tokenized text, `.bin` and `.idx`"),
     "preference": Form(open_preferences, "`images`, `prompt`, `chosen`, `rejected`"),
 }
@@ -175,7 +185,7 @@ FORMS: dict[str, Form] = {
 
 _EXTENSIONS = {
     **dict.fromkeys(RECORD_EXTENSIONS, "records"),
-    **{".tar": "webdataset", ".idx": "megatron", ".bin": "megatron", ".txt": "text"},
+    **{".tar": "webdataset", ".idx": "megatron", ".bin": "megatron", ".txt": "text", ".pdf": "pdf"},
 }
 
 _TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (
