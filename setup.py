@@ -38,6 +38,7 @@ REQUIRES = [
 ]
 VIDEO = ["av>=14"]
 PDF = ["pypdfium2>=5"]
+PARQUET = ["pyarrow>=15"]
 DEMO = ["scikit-learn", "scikit-image", "matplotlib"]
 RELEASE = ["transformers>=5.10", "matplotlib", "huggingface_hub"]
 EXTRAS = {
@@ -46,6 +47,7 @@ EXTRAS = {
     "mpi": ["mpi4py>=4"],
     "video": VIDEO,
     "pdf": PDF,
+    "parquet": PARQUET,
     "demo": DEMO,
     "release": RELEASE,
     "dev": [
@@ -53,6 +55,7 @@ EXTRAS = {
         *RELEASE,
         *VIDEO,
         *PDF,
+        *PARQUET,
         "pytest",
         "pytest-xdist",
         "ruff",
