@@ -1,7 +1,6 @@
 """From an encoded picture to RGB pixels, and from pixels to normalised patches.
 
-The builder and the trainer decode with the same function, so what was accepted when a set was
-built is what is trained on.
+Here is the plain way, with Pillow; `decoders` has the fast ones, held to the same pixels.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from megatron_vlm.data.jpeg import check_jpeg
+from megatron_vlm.data.resize import resize
 from megatron_vlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,8 +44,21 @@ FORMATS: dict[str, str] = {
 """Formats that are decoded, and the extension of each. A closed list: some of Pillow's other
 formats start outside programs."""
 
+JPEGS = ("JPEG", "MPO")
+"""Names under which Pillow opens a JPEG; MPO is several in one file."""
+
 Image.init()
 _BLOCK_PIXELS = 1 << 20
+_BLOCK_PATCHES = 128
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # MPO is opened as JPEG; older Pillows lack AVIF. Asking for a format it lacks fails for all.
 _OPENED_AS = tuple(name for name in FORMATS if name in Image.OPEN)
@@ -64,13 +78,51 @@ def decode_picture(encoded: bytes) -> NDArray[np.uint8]:
         DataError: not a picture of a known format, damaged, or beyond `MAX_PICTURE_PIXELS`.
         MemoryError: there is no memory to decode it; says nothing about the picture.
     """
-    with _faults("picture cannot be decoded"):
-        image = _open(encoded)
-        with _decoding.hold(image.width * image.height):
-            image.load()
-            # On the image itself: a copy would be as large as all the rest.
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+    with faults("picture cannot be decoded"):
+        image = open_picture(encoded)
+        with decoding.hold(image.width * image.height):
+            return load_picture(image)
+
+
+def open_picture(encoded: bytes) -> Image.Image:
+    """Read the header alone; for use within `faults`.
+
+    Raises:
+        DataError: it decodes to more than `MAX_PICTURE_PIXELS`.
+        Exception: whatever Pillow raises.
+    """
+    image = Image.open(BytesIO(encoded), formats=_OPENED_AS)
+    if image.width * image.height > MAX_PICTURE_PIXELS:
+        raise DataError(_too_large(f"{image.width}x{image.height}"))
+    return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How the stored picture is turned, as EXIF numbers it, 1 (upright) to 8. Decodes a PNG, whose
+    EXIF may come after its pixels."""
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in _TURNS else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) in pixels once the picture is turned upright; decodes as `orientation_of`."""
+    size = (image.height, image.width)
+    return size[::-1] if orientation_of(image) >= 5 else size
+
+
+def load_picture(image: Image.Image) -> NDArray[np.uint8]:
+    """Decode an open picture; for use within `faults` and `decoding`.
+
+    Returns:
+        uint8 [height, width, 3], upright.
+
+    Raises:
+        DataError: its colours have no agreed RGB.
+        Exception: whatever Pillow raises.
+    """
+    turn = _TURNS.get(orientation_of(image))
+    image.load()
+    return _to_rgb(image if turn is None else image.transpose(turn))
 
 
 def check_picture(encoded: bytes) -> tuple[int, int, str]:
@@ -80,14 +132,19 @@ def check_picture(encoded: bytes) -> tuple[int, int, str]:
         (height, width) after the EXIF orientation, and the extension of its format.
 
     Raises:
-        DataError: as `decode_picture`, and where a checksum inside the file is wrong.
+        DataError: as `decode_picture`, where a checksum inside the file is wrong, and where a
+            JPEG has damage that Pillow makes up for.
         MemoryError: as `decode_picture`.
     """
-    height, width, _ = decode_picture(encoded).shape
-    with _faults("picture is damaged"):
-        image = _open(encoded)
+    with faults("picture is damaged"):
+        image = open_picture(encoded)
+        with decoding.hold(image.width * image.height):
+            checked = image.format in JPEGS and check_jpeg(encoded, image.height, image.width)
+            if not checked:
+                load_picture(image)
+            height, width = upright_size(image)
         # Decoding passes over the checksums of PNG; this reads them and decodes nothing.
-        image.verify()
+        open_picture(encoded).verify()
         return height, width, FORMATS[str(image.format)]
 
 
@@ -100,10 +157,8 @@ def patches(
 ) -> NDArray[np.float32]:
     """Resize to the planned grid, normalise, and cut into patches.
 
-    Resizing is Pillow's bicubic, which widens its filter when it reduces (antialias); a picture
-    of the planned size is taken as it is. Patches come in merge blocks, block rows first and
-    row-major inside each block, so that merging is a reshape. Each patch is channels first,
-    (C, height, width), as the weight of a convolution flattens.
+    Resizing is bicubic and widens its filter when it reduces (antialias); a picture of the planned
+    size is taken as it is. Patches are laid out as by `cut`.
 
     Args:
         image: uint8 [height, width, 3].
@@ -116,22 +171,52 @@ def patches(
     Returns:
         float32 [grid_h * grid_w, 3 * patch_size**2].
     """
+    patch = vision.patch_size
+    return cut(resize(image, grid_h * patch, grid_w * patch), vision, out)
+
+
+def cut(
+    image: NDArray[np.uint8], vision: VisionConfig, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Normalise a picture of the planned size, and cut it into patches.
+
+    Patches come in merge blocks, block rows first and row-major inside each block, so that merging
+    is a reshape. Each patch is channels first, (C, height, width), as the weight of a convolution
+    flattens.
+
+    Args:
+        image: uint8 [height, width, 3], both multiples of `patch_size * spatial_merge_size`.
+        vision: patch size, merge size, mean and standard deviation.
+        out: as of `patches`.
+
+    Returns:
+        float32 [patches, 3 * patch_size**2].
+    """
     patch, merge = vision.patch_size, vision.spatial_merge_size
-    height, width = grid_h * patch, grid_w * patch
-    if image.shape[:2] != (height, width):
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-        image = np.asarray(resized)
+    grid_h, grid_w = image.shape[0] // patch, image.shape[1] // patch
     blocks = image.reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3)
     # Bytes are reordered before they become floats: a quarter of the traffic.
     ordered = np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5))
     flat = ordered.reshape(grid_h * grid_w, 3 * patch**2)
-    deviation = np.asarray(vision.image_std, dtype=np.float64)
-    scale = np.repeat(1 / (255 * deviation), patch**2).astype(np.float32)
-    shift = np.repeat(np.asarray(vision.image_mean) / deviation, patch**2).astype(np.float32)
     out = np.empty(flat.shape, dtype=np.float32) if out is None else out
-    np.multiply(flat, scale, out=out)
-    out -= shift
+    scale, shift = normalisation(vision)
+    # In blocks that stay in the cache, by operands as large: twice as fast as one pass each.
+    rows = min(_BLOCK_PATCHES, len(flat))
+    scales, shifts = np.tile(scale, (rows, 1)), np.tile(shift, (rows, 1))
+    for start in range(0, len(flat), rows):
+        part = out[start : start + rows]
+        np.copyto(part, flat[start : start + rows])
+        np.multiply(part, scales[: len(part)], out=part)
+        np.subtract(part, shifts[: len(part)], out=part)
     return out
+
+
+def normalisation(vision: VisionConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(scale, shift), float32 [3 * patch_size**2]: a patch is its bytes * scale - shift."""
+    deviation = np.asarray(vision.image_std, dtype=np.float64)
+    scale = np.repeat(1 / (255 * deviation), vision.patch_size**2)
+    shift = np.repeat(np.asarray(vision.image_mean) / deviation, vision.patch_size**2)
+    return scale.astype(np.float32), shift.astype(np.float32)
 
 
 class _Turns:
@@ -157,11 +242,12 @@ class _Turns:
                 self._changed.notify_all()
 
 
-_decoding = _Turns()
+decoding = _Turns()
+"""Every decode of the process holds its pixels here."""
 
 
 @contextmanager
-def _faults(what: str) -> Iterator[None]:
+def faults(what: str) -> Iterator[None]:
     """Whatever Pillow raises as one DataError, but for want of memory."""
     try:
         yield
@@ -174,13 +260,6 @@ def _faults(what: str) -> Iterator[None]:
         raise DataError(f"{what}: its beginning is that of no known format ({known})") from error
     except Exception as error:  # Pillow's plugins raise of every kind on damaged files
         raise DataError(f"{what} ({type(error).__name__}: {error})") from error
-
-
-def _open(encoded: bytes) -> Image.Image:
-    image = Image.open(BytesIO(encoded), formats=_OPENED_AS)
-    if image.width * image.height > MAX_PICTURE_PIXELS:
-        raise DataError(_too_large(f"{image.width}x{image.height}"))
-    return image
 
 
 def _too_large(detail: str) -> str:

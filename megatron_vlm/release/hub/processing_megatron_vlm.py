@@ -2,7 +2,7 @@
 
 `MegatronVlmImageProcessor` turns a picture into normalised patches by the very arithmetic of the
 training data; `MegatronVlmProcessor` puts as many placeholders into the text as the pictures have
-tokens. Written by megatron-vlm; needs nothing but transformers, numpy and Pillow.
+tokens. Written by megatron-vlm; needs nothing but transformers, torch and Pillow.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
@@ -109,10 +110,8 @@ class MegatronVlmImageProcessor(BaseImageProcessor):
         """
         patch, merge = self.patch_size, self.merge_size
         height, width = self.target_size(image.height, image.width)
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
         rows, columns = height // patch, width // patch
-        blocks = np.asarray(image).reshape(
+        blocks = resize(np.array(image), height, width).reshape(
             rows // merge, merge, patch, columns // merge, merge, patch, 3
         )
         flat = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3 * patch**2)
@@ -120,6 +119,27 @@ class MegatronVlmImageProcessor(BaseImageProcessor):
         scale = np.repeat(1 / (255 * deviation), patch**2).astype(np.float32)
         shift = np.repeat(np.asarray(self.image_mean) / deviation, patch**2).astype(np.float32)
         return flat * scale - shift, (rows, columns)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic with antialias, as in training: one axis after the other.
+
+    Args:
+        image: uint8 [rows, columns, 3].
+        height: of the result.
+        width: likewise.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    rows, columns = image.shape[:2]
+    height_first = rows - height > max(0, 2 * (columns - width))
+    for size in ((height, columns) if height_first else (rows, width), (height, width)):
+        if size != image.shape[:2]:
+            planes = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
+            planes = torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True)
+            image = planes[0].permute(1, 2, 0).numpy()
+    return image
 
 
 def open_picture(source) -> Image.Image:
