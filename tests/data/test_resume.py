@@ -70,7 +70,7 @@ def run(out, deadly):
     child = os.fork()
     if not child:
         sys.addaudithook(watch)
-        build.build_dataset(source, out, overwrite=True, workers=1, shard_mb=24)
+        build.build_dataset(source, out, overwrite=True, workers=1, shard_mb=12)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -88,10 +88,10 @@ for deadly in range(1, 200):
 
 
 def test_killed_at_every_change_and_run_again(tmp_path: Path) -> None:
-    source = write_source(tmp_path, 5)
-    run(source, tmp_path / "whole")
+    source = write_source(tmp_path, 6)
+    run(source, tmp_path / "whole", shard_mb=12)
     wanted = snapshot(tmp_path / "whole")
-    assert len(open_dataset(tmp_path / "whole").shard_names) == 3
+    assert len(open_dataset(tmp_path / "whole").shard_names) == 4
     assert len(wanted[next(name for name in wanted if "rejected" in name)].splitlines()) == 4
     (tmp_path / "other.json").write_text(json.dumps([entry("q", "old")]))
     run(tmp_path / "other.json", tmp_path / "set")
@@ -131,7 +131,7 @@ def test_killed_by_the_system_again_and_again(tmp_path: Path) -> None:
     def complete() -> int:
         return len(list((tmp_path / "set").glob("building.tmp/shard-*.json")))
 
-    for kill in range(4):
+    for kill in range(3):
         before = complete()
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and complete() < before + 2:
