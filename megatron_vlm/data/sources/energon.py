@@ -16,6 +16,7 @@ import yaml
 
 from megatron_vlm.data.chat import Turn
 from megatron_vlm.data.draft import Draft, SampleKind
+from megatron_vlm.data.sources.byte_ranges import shortened
 from megatron_vlm.data.sources.conversations import Content
 from megatron_vlm.data.sources.documents import Shown, document_draft
 from megatron_vlm.data.sources.media import MediumKind, entry_json
@@ -27,7 +28,8 @@ from megatron_vlm.errors import DataError
 META_FOLDER = ".nv-meta"
 """Folder that makes a folder an Energon data set."""
 
-_MAX_META_BYTES = 64 * 2**20
+_MAX_META_BYTES = 4 * 2**20
+"""A declaration is some kilobytes; YAML of a megabyte takes seconds to read."""
 _FIELD = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
 _JSON_EXTENSIONS = ("json", "jsn")
 
@@ -230,14 +232,15 @@ def _sample_type(meta: Path, config: dict[str, Any]) -> str:
         raise DataError(f"{place}: names no __class__; expected one of {', '.join(_SAMPLE_TYPES)}")
     if name.startswith("Crude"):
         raise DataError(
-            f"{place}: {name[:80]!r} leaves it to code what a sample is; read the tars as --form "
-            "webdataset"
+            f"{place}: {shortened(name)} leaves it to code what a sample is; read the tars as "
+            "--form webdataset"
         )
     name = re.sub("Webdataset$", "Sample", name)
-    if name not in _SAMPLE_TYPES or str(module).split(".")[:2] != ["megatron", "energon"]:
+    of_energon = isinstance(module, str) and module.split(".")[:2] == ["megatron", "energon"]
+    if name not in _SAMPLE_TYPES or not of_energon:
         raise DataError(
-            f"{place}: {f'{module}.{name}'[:80]!r}; expected one of {', '.join(_SAMPLE_TYPES)} of "
-            "megatron.energon"
+            f"{place}: {shortened(name)} of {shortened(module)}; expected one of "
+            f"{', '.join(_SAMPLE_TYPES)} of megatron.energon"
         )
     return name
 

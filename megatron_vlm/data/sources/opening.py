@@ -91,18 +91,16 @@ def choose_form(path: Path, options: SourceOptions) -> Choice:
 def _choose_folder(path: Path, options: SourceOptions) -> Choice:
     if (path / META_FOLDER).is_dir():
         return Choice("energon", f"it holds {META_FOLDER}")
-    found = {_EXTENSIONS[e] for e in _extensions(path) if e in _EXTENSIONS}
+    found = {_EXTENSIONS[e]: e for e in _extensions(path) if e in _EXTENSIONS}
     # Tools that write tars and token files leave records of their own beside them.
-    for form, extension in (("webdataset", ".tar"), ("megatron", ".idx")):
-        if form in found:
-            return Choice(form, f"it holds {extension} files")
-    if len(found) != 1:
-        what = f"files of several forms ({', '.join(sorted(found))})" if found else "no known files"
+    several = [form for form in ("webdataset", "megatron") if form in found] or sorted(found)
+    if len(several) != 1 and several[:1] != ["webdataset"]:
+        what = f"files of several forms ({', '.join(several)})" if several else "no known files"
         raise DataError(f"{path}: holds {what}; say which with --form {' or '.join(FORMS)}")
-    form = found.pop()
+    form = several[0]
     if form == "records":
         return _choose_records(path, options)
-    return Choice(form, f"it holds .{'txt' if form == 'text' else form} files")
+    return Choice(form, f"it holds {found[form]} files")
 
 
 def _choose_file(path: Path, options: SourceOptions) -> Choice:

@@ -243,6 +243,7 @@ def test_learned_end_follows_learned_text(folder: Path) -> None:
         (llava("q", "a", image="data:image/png,abc"), "not a data URI of image/... in base64"),
         (llava("q", "a", image="data:video/mp4;base64,AAAA"), "not a data URI of image/"),
         (llava("q", "a", image="data:image/png;base64,A"), "not valid base64"),
+        (llava("q", "a", image="data:image/png;base64,AAA!A"), "not valid base64"),
         (llava("q", "a", image={"nothing": 1}), "an object with 'nothing'; expected its path"),
         (llava("<image>", "a"), "1 <image> marks but 0 pictures"),
         (llava("<image>", "a", images=["sub/0.png"] * 2), "1 <image> marks but 2 pictures"),

@@ -207,9 +207,13 @@ def crude(name: str, module: str = "megatron.energon") -> dict[str, Any]:
         (
             "dataset.yaml",
             crude("ImageSample"),
-            "'megatron.energon.ImageSample'; expected one of Cap",
+            "'ImageSample' of 'megatron.energon'; expected",
         ),
-        ("dataset.yaml", crude("CaptioningSample", "my.code"), "'my.code.CaptioningSample'; expec"),
+        (
+            "dataset.yaml",
+            crude("CaptioningSample", "my.code"),
+            "'CaptioningSample' of 'my.code'; exp",
+        ),
         ("dataset.yaml", {"sample_type": None}, "names no __class__"),
         ("dataset.yaml", {"field_map": None}, "expected a field_map"),
         ("dataset.yaml", {"field_map": {"image": "jpg"}}, "field_map has no caption"),
@@ -260,6 +264,7 @@ def test_a_field_map_suffices_beside_a_loader(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system ['true']", "no valid YAML"),
         ("[" * 2_000, "no valid YAML"),
         ("a: \x00", "no valid YAML"),
+        ("a: &a [x, x]\n__class__: A\n__module__: [*a, *a]", "'A' of list; expected one of"),
     ],
 )
 def test_yaml_that_is_refused(tmp_path: Path, content: str, message: str) -> None:
