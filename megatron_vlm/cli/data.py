@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from megatron_vlm.data.format import DEFAULT_SHARD_MB, DEFAULT_VIDEO_FPS, DEFAULT_VIDEO_TOKENS
 from megatron_vlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_vlm.data.chat import ThinkingSettings
     from megatron_vlm.data.geometry import PictureRule
+    from megatron_vlm.data.pdf.settings import PdfSettings
 
 HELP = """Build data sets from conversations, documents, tars, text or preferences.
 
@@ -82,7 +84,7 @@ def _add_reading(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--form",
         default="auto",
-        help="conversations, interleaved, webdataset, energon, text, megatron or preference "
+        help="conversations, interleaved, webdataset, energon, text, pdf, megatron or preference "
         "(default: auto, by its names and its first entry)",
     )
     group.add_argument(
@@ -119,10 +121,30 @@ def _add_reading(group: argparse._ArgumentGroup) -> None:
         help="thinking traces: keep them, drop them, or put them under a system prompt that asks "
         "for them (default: %(default)s)",
     )
+    for which, what in (("thinking", "asks for a trace"), ("plain", "asks for none")):
+        group.add_argument(
+            f"--{which}-prompt",
+            metavar="TEXT",
+            help=f"with --thinking toggle: the system prompt that {what} (default: ours)",
+        )
     group.add_argument(
         "--learn-thoughts",
         action="store_true",
         help="learn the thoughts of trajectories too, not the actions alone",
+    )
+    group.add_argument(
+        "--pdf-mode",
+        choices=("interleaved", "masked"),
+        default="interleaved",
+        help="PDF files: documents of text and pictures, or pages with covered text to read "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--pdf-setting",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="how PDF files are read, for example dpi=200, max_pages=50 or seed=1; may be repeated",
     )
 
 
@@ -171,7 +193,6 @@ def _add_encoding(group: argparse._ArgumentGroup) -> None:
 def _build(args: argparse.Namespace) -> int:
     # Imported here, so that `mvlm --help` stays fast.
     from megatron_vlm.data.build import build_dataset
-    from megatron_vlm.data.chat import ThinkingSettings
     from megatron_vlm.data.format import REJECTED_FILE
     from megatron_vlm.data.sources.options import SourceOptions
     from megatron_vlm.data.tokenizer import Tokenizer
@@ -182,8 +203,10 @@ def _build(args: argparse.Namespace) -> int:
         split=args.split,
         text_field=args.text_field,
         text_unit=args.text_unit,
-        thinking=ThinkingSettings(args.thinking),
+        thinking=_thinking(args),
         learn_thoughts=args.learn_thoughts,
+        pdf_mode=args.pdf_mode,
+        pdf=_pdf(args.pdf_setting),
         end_of_document=args.end_of_document,
     )
     summary = build_dataset(
@@ -214,6 +237,44 @@ def _build(args: argparse.Namespace) -> int:
         if summary.rejected > len(summary.first_rejected):
             _tell(f"  and {summary.rejected - len(summary.first_rejected):,} more")
     return 0
+
+
+def _thinking(args: argparse.Namespace) -> ThinkingSettings:
+    from megatron_vlm.data.chat import ThinkingSettings
+
+    prompts = {
+        name: value
+        for name in ("thinking_prompt", "plain_prompt")
+        if (value := getattr(args, name)) is not None
+    }
+    if prompts and args.thinking != "toggle":
+        name = next(iter(prompts)).replace("_", "-")
+        raise ConfigError(f"--{name}: only --thinking toggle has prompts; add it or leave this out")
+    return replace(ThinkingSettings(args.thinking), **prompts)
+
+
+def _pdf(given: Sequence[str]) -> PdfSettings:
+    from megatron_vlm.data.pdf.settings import PdfSettings
+
+    settings = PdfSettings()
+    kinds = get_type_hints(PdfSettings)
+    changes: dict[str, Any] = {}
+    for setting in given:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in kinds:
+            raise ConfigError(
+                f"--pdf-setting {setting}: expected NAME=VALUE with one of {', '.join(kinds)}"
+            )
+        kind = next(
+            kind for kind in (str, float, int) if kind in (kinds[name], *get_args(kinds[name]))
+        )
+        try:
+            changes[name] = kind(text)
+        except ValueError:
+            raise ConfigError(
+                f"--pdf-setting {setting}: {text!r} is not of the type {kind.__name__}"
+            ) from None
+    return replace(settings, **changes)
 
 
 @dataclass(frozen=True, slots=True)

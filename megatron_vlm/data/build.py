@@ -40,6 +40,7 @@ from megatron_vlm.data.shards import ShardRecord, ShardWriter
 from megatron_vlm.data.sources.opening import open_source
 from megatron_vlm.data.sources.options import SourceOptions
 from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer, sha256
+from megatron_vlm.data.video import LEVELS
 from megatron_vlm.errors import DataError
 
 _MAX_PENDING_BYTES = 2**30
@@ -226,8 +227,10 @@ def _check_numbers(
         raise DataError(f"workers {workers}: expected at least 1")
     if not 0 < video_fps < float("inf"):
         raise DataError(f"video fps {video_fps}: expected more than 0 frames a second")
-    if video_max_tokens < 1:
-        raise DataError(f"video tokens {video_max_tokens}: expected at least 1")
+    if video_max_tokens < min(LEVELS):
+        raise DataError(
+            f"video tokens {video_max_tokens}: expected at least the {min(LEVELS)} of one frame"
+        )
 
 
 def _signed(form: str, options: SourceOptions, build: _Build) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from megatron_vlm.data.geometry import PictureRule, target_size
 from megatron_vlm.data.grounding import resolve_marks
 from megatron_vlm.data.ordered import Reserve
 from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.video import timestamp
 from megatron_vlm.errors import DataError
 
 MAX_LENGTH = 1 << 24
@@ -264,8 +265,6 @@ def _video_parts(
     extensions: dict[int, str],
 ) -> list[Part]:
     """Each frame after its time; the frames join `shown`."""
-    from megatron_vlm.data.video import timestamp
-
     fps = part.fps or settings.video_fps
     medium = draft.media[part.medium]
     frames, extension, digest = media.video(medium, fps, settings.video_max_tokens)
