@@ -20,11 +20,15 @@ from megatron_vlm.data.build_progress import BuildProgress
 from megatron_vlm.data.build_publish import complete_files, published_files, switch
 from megatron_vlm.data.build_state import BuildState, only_one, sign
 from megatron_vlm.data.draft import Source
-from megatron_vlm.data.encode import EncodeSettings, encode_entry
+from megatron_vlm.data.encode import (
+    EncodeSettings,
+    encode_entry,
+)
 from megatron_vlm.data.format import (
-    BUILDING_FOLDER,
     DATASET_FILE,
     DEFAULT_SHARD_MB,
+    DEFAULT_VIDEO_FPS,
+    DEFAULT_VIDEO_TOKENS,
     REJECTED_FILE,
     build_folders,
     current_build,
@@ -36,6 +40,7 @@ from megatron_vlm.data.shards import ShardRecord, ShardWriter
 from megatron_vlm.data.sources.opening import open_source
 from megatron_vlm.data.sources.options import SourceOptions
 from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer, sha256
+from megatron_vlm.data.video import LEVELS
 from megatron_vlm.errors import DataError
 
 _MAX_PENDING_BYTES = 2**30
@@ -73,8 +78,8 @@ def build_dataset(
     image_root: Path | None = None,
     seen: PictureRule | None = None,
     count_points: bool = False,
-    video_fps: float = EncodeSettings.video_fps,
-    video_max_tokens: int = EncodeSettings.video_max_tokens,
+    video_fps: float = DEFAULT_VIDEO_FPS,
+    video_max_tokens: int = DEFAULT_VIDEO_TOKENS,
     shard_mb: int = DEFAULT_SHARD_MB,
     overwrite: bool = False,
     workers: int | None = None,
@@ -115,7 +120,8 @@ def build_dataset(
     if image_root is not None:
         options = replace(options, image_root=image_root)
     progress = BuildProgress(show_progress)
-    opened = open_source(source, form, options, progress.tell)
+    said: list[str] = []
+    opened = open_source(source, form, options, said.append)
     build = _Build(
         source=source,
         opened=opened,
@@ -131,6 +137,8 @@ def build_dataset(
         _check_target(out, overwrite, published)
         _check_inputs(out, source, inputs, tokenizer)
         out.mkdir(parents=True, exist_ok=True)
+        for line in said:
+            progress.tell(line)
         with only_one(out):
             return build.run(signature)
     except OSError as error:
@@ -206,9 +214,8 @@ class _Build:
             count = bool(first) + sum(1 for _ in file)
         if not count:
             raise DataError(f"{self.source}: holds no entries; expected at least one sample")
-        raise DataError(
-            f"{self.source}: all {count:,} samples are bad; the first: {json.loads(first)['reason']}"
-        )
+        reason = json.loads(first)["reason"]
+        raise DataError(f"{self.source}: all {count:,} samples are bad; the first: {reason}")
 
 
 def _check_numbers(
@@ -220,8 +227,10 @@ def _check_numbers(
         raise DataError(f"workers {workers}: expected at least 1")
     if not 0 < video_fps < float("inf"):
         raise DataError(f"video fps {video_fps}: expected more than 0 frames a second")
-    if video_max_tokens < 1:
-        raise DataError(f"video tokens {video_max_tokens}: expected at least 1")
+    if video_max_tokens < min(LEVELS):
+        raise DataError(
+            f"video tokens {video_max_tokens}: expected at least the {min(LEVELS)} of one frame"
+        )
 
 
 def _signed(form: str, options: SourceOptions, build: _Build) -> dict[str, Any]:

@@ -8,9 +8,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.build_state import BuildState
@@ -34,6 +33,7 @@ from megatron_vlm.data.index import Coordinates
 from megatron_vlm.data.index_file import write_columns
 from megatron_vlm.data.shards import ShardFiles, ShardRecord
 from megatron_vlm.data.tokenizer import sha256
+from megatron_vlm.data.video import LEVELS
 
 _OTHER_FILES = (REJECTED_FILE, TOKENIZER_FILE, ORIGINS_FILE, INDEX_FILE)
 
@@ -158,8 +158,6 @@ def _names(record: Mapping[str, Any]) -> list[str]:
 
 
 def _video(settings: EncodeSettings) -> dict[str, Any]:
-    from megatron_vlm.data.video import LEVELS
-
     return {
         "fps": settings.video_fps,
         "max_tokens": settings.video_max_tokens,

@@ -27,12 +27,18 @@ from megatron_vlm.data.draft import (
     Tokens,
     Video,
 )
-from megatron_vlm.data.encode_media import CheckedPicture, EntryMedia, StoredMedium
-from megatron_vlm.data.format import STILL
+from megatron_vlm.data.encode_media import (
+    MAX_ENCODED_BYTES,
+    CheckedPicture,
+    EntryMedia,
+    StoredMedium,
+)
+from megatron_vlm.data.format import DEFAULT_VIDEO_FPS, DEFAULT_VIDEO_TOKENS, STILL
 from megatron_vlm.data.geometry import PictureRule, target_size
 from megatron_vlm.data.grounding import resolve_marks
 from megatron_vlm.data.ordered import Reserve
 from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.video import timestamp
 from megatron_vlm.errors import DataError
 
 MAX_LENGTH = 1 << 24
@@ -50,10 +56,10 @@ class EncodeSettings:
     are thousandths of a picture's sides."""
     count_points: bool = False
     """Counts list their objects' points before the number."""
-    video_fps: float = 1.0
-    """Frames a second taken from videos that name none. Seed1.5-VL: 1."""
-    video_max_tokens: int = 81920
-    """Most language tokens of a video. Seed1.5-VL: 81920."""
+    video_fps: float = DEFAULT_VIDEO_FPS
+    """Frames a second taken from videos that name none."""
+    video_max_tokens: int = DEFAULT_VIDEO_TOKENS
+    """Most language tokens of a video."""
 
 
 class PlacedPicture(NamedTuple):
@@ -187,7 +193,7 @@ def _encode_draft(
     draft: Draft, place: int, media: EntryMedia, settings: EncodeSettings
 ) -> EncodedSample:
     media.check_room(place)
-    _check_length(draft.parts)
+    _check_length(draft)
     pictures = {
         part.medium: media.picture(draft.media[part.medium])
         for part in draft.parts
@@ -219,14 +225,20 @@ def _encode_draft(
     return EncodedSample(place, draft.entry, tokens, placed, digest)
 
 
-def _check_length(parts: Sequence[Part]) -> None:
+def _check_length(draft: Draft) -> None:
     """Raises DataError before much memory goes into a sample that no model could take."""
-    tokens = sum(len(part.ids) for part in parts if isinstance(part, Tokens))
-    characters = sum(len(part.text) for part in parts if isinstance(part, Text))
+    tokens = sum(len(part.ids) for part in draft.parts if isinstance(part, Tokens))
+    characters = sum(len(part.text) for part in draft.parts if isinstance(part, Text))
     if tokens + characters > MAX_LENGTH:
         raise DataError(
             f"{characters:,} characters and {tokens:,} ready tokens; at most {MAX_LENGTH:,} "
             "together make a sample: cut it into several"
+        )
+    # Kept as a member of the tar, which could take 8 GB and no more.
+    if len(draft.entry) > MAX_ENCODED_BYTES:
+        raise DataError(
+            f"its JSON has {len(draft.entry):,} bytes; at most {MAX_ENCODED_BYTES:,} are kept "
+            "beside a sample: make it smaller"
         )
 
 
@@ -253,8 +265,6 @@ def _video_parts(
     extensions: dict[int, str],
 ) -> list[Part]:
     """Each frame after its time; the frames join `shown`."""
-    from megatron_vlm.data.video import timestamp
-
     fps = part.fps or settings.video_fps
     medium = draft.media[part.medium]
     frames, extension, digest = media.video(medium, fps, settings.video_max_tokens)

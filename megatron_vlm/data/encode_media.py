@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from megatron_vlm.data.draft import Draft, Medium
 from megatron_vlm.data.geometry import check_sizes
 from megatron_vlm.data.ordered import Reserve
 from megatron_vlm.data.pictures import check_picture
+from megatron_vlm.data.video import VideoSample, sample_video
 from megatron_vlm.errors import DataError
-
-if TYPE_CHECKING:
-    from megatron_vlm.data.video import VideoSample
 
 MAX_ENCODED_BYTES = 512 * 2**20
 """Most bytes of encoded media that one sample may have. Our choice."""
@@ -122,8 +120,6 @@ class EntryMedia:
         Raises:
             DataError: it cannot be read or is damaged; names it.
         """
-        from megatron_vlm.data.video import sample_video
-
         try:
             encoded, digest = self._read(medium)
             frames = sample_video(encoded, fps, max_tokens)

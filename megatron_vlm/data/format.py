@@ -19,6 +19,12 @@ FORMAT_VERSION = 2
 DEFAULT_SHARD_MB = 256
 """Megabytes (2**20 bytes) after which a new shard begins. Our choice."""
 
+DEFAULT_VIDEO_FPS = 1.0
+"""Frames a second taken from videos that name none. Seed1.5-VL: 1."""
+
+DEFAULT_VIDEO_TOKENS = 81920
+"""Most language tokens of a video. Seed1.5-VL: 81920."""
+
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.safetensors"
 TOKENIZER_FILE = "tokenizer.json"

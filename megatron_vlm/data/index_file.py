@@ -23,7 +23,8 @@ from megatron_vlm.errors import DataError
 
 _SAFETENSORS_NAMES = {"int32": "I32", "int64": "I64"}
 _PIECE = 1 << 16
-"""Entries that are checked at a time: small enough to stay in a core's cache."""
+"""Entries that are checked at a time: few enough to stay in a core's cache, and even, so that no
+pair of samples is parted."""
 
 
 class Limits(NamedTuple):

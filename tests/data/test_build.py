@@ -16,11 +16,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from megatron_vlm.data import build as build_module
-from megatron_vlm.data import source as source_module
+from megatron_vlm.data import encode_media
 from megatron_vlm.data.build import build_dataset
+from megatron_vlm.data.encode import EncodedEntry
 from megatron_vlm.data.format import COLUMNS
 from megatron_vlm.data.index import open_dataset
-from megatron_vlm.data.shards import EncodedSample, ShardWriter
+from megatron_vlm.data.shards import ShardWriter
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import DataError
 from tests.data.samples import build, encoded, entry, files_of, mixed_entries, picture, snapshot
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.unit
 
 def rejections(folder: Path) -> dict[int, str]:
     lines = (files_of(folder) / "rejected.jsonl").read_text().splitlines()
-    return {item["index"]: item["reason"] for item in map(json.loads, lines)}
+    return {item["entry"]: item["reason"] for item in map(json.loads, lines)}
 
 
 def members(folder: Path) -> dict[str, bytes]:
@@ -116,8 +117,8 @@ def test_bad_samples_are_listed_and_the_rest_is_built(tmp_path: Path) -> None:
         "'none.png': no such file": entry("q", "a", ["none.png"]),
         "'pipe.png': no such file": entry("q", "a", ["pipe.png"]),
         "cannot be read": entry("q", "a", ["nul\0.png"]),
-        "'cut.png': picture cannot be decoded": entry("q", "a", ["cut.png"]),
-        "'text.png': picture cannot be decoded": entry("q", "a", ["text.png"]),
+        "'cut.png': picture is damaged": entry("q", "a", ["cut.png"]),
+        "'text.png': picture is damaged": entry("q", "a", ["text.png"]),
         "'thin.png': picture of 1x300": entry("q", "a", ["thin.png"]),
         "1 <image> marks but 2 pictures": entry("<image>", "a", ["good.png", "good.png"]),
         "both are given": entry("q", "a", ["good.png"], image="good.png"),
@@ -148,13 +149,13 @@ def test_all_bad_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("{", "not valid JSON"), ("{}", "holds dict"), ("[]", "an empty list")],
+    [("{", "none of its first 1 entries"), ("[{", "not valid JSON"), ("[]", "an empty list")],
 )
 def test_unfit_lists(tmp_path: Path, content: str, reason: str) -> None:
     (tmp_path / "source.json").write_text(content)
     with pytest.raises(DataError, match=reason):
         build_dataset(tmp_path / "source.json", tmp_path / "set")
-    with pytest.raises(DataError, match=r"none\.json: cannot be read"):
+    with pytest.raises(DataError, match=r"none\.json: does not exist"):
         build_dataset(tmp_path / "none.json", tmp_path / "set")
 
 
@@ -185,7 +186,7 @@ def test_rejections_are_alike_in_every_run(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     build(tmp_path, [entry("q", "a", ["text.png"]), entry("q", "a")])
     assert rejections(tmp_path)[0].startswith(
-        "image 'text.png': picture cannot be decoded: its beginning is that of no known format"
+        "image 'text.png': picture is damaged: its beginning is that of no known format"
     )
     assert "0x" not in rejections(tmp_path)[0]
 
@@ -195,7 +196,7 @@ def test_pictures_of_one_sample_are_bounded_together(
 ) -> None:
     picture(30, 30).save(tmp_path / "a.png")
     size = (tmp_path / "a.png").stat().st_size
-    monkeypatch.setattr(source_module, "MAX_ENCODED_BYTES", 2 * size)
+    monkeypatch.setattr(encode_media, "MAX_ENCODED_BYTES", 2 * size)
     build(tmp_path, [entry("q", "a", ["a.png"] * 2), entry("q", "a", ["a.png"] * 3)])
     assert list(rejections(tmp_path)) == [1]
     assert f"{size} bytes, {3 * size} with those before it" in rejections(tmp_path)[1]
@@ -206,8 +207,8 @@ def test_want_of_memory_ends_the_build(tmp_path: Path, monkeypatch: pytest.Monke
         raise MemoryError
 
     picture(30, 30).save(tmp_path / "a.png")
-    monkeypatch.setattr(build_module, "check_picture", fail)
-    with pytest.raises(DataError, match="sample 1: memory ran out .* lower --workers"):
+    monkeypatch.setattr(encode_media, "check_picture", fail)
+    with pytest.raises(DataError, match="entry 1: memory ran out .* lower --workers"):
         build(tmp_path, [entry("q", "a"), entry("q", "a", ["a.png"]), entry("q", "a")])
     assert list((tmp_path / "set").iterdir()) == []
 
@@ -317,7 +318,7 @@ def test_pictures_wait_for_room_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, most, lock = 0, 0, threading.Lock()
-    check, add = build_module.check_picture, ShardWriter.add
+    check, add = encode_media.check_picture, ShardWriter.add
 
     def counted(encoded: bytes) -> tuple[int, int, str]:
         nonlocal held, most
@@ -327,14 +328,14 @@ def test_pictures_wait_for_room_before_they_are_read(
         time.sleep(0.005)
         return check(encoded)
 
-    def written(writer: ShardWriter, sample: EncodedSample) -> None:
+    def written(writer: ShardWriter, encoded: EncodedEntry) -> None:
         nonlocal held
-        add(writer, sample)
+        add(writer, encoded)
         with lock:
             held -= 1
 
     picture(30, 30).save(tmp_path / "a.png")
-    monkeypatch.setattr(build_module, "check_picture", counted)
+    monkeypatch.setattr(encode_media, "check_picture", counted)
     monkeypatch.setattr(ShardWriter, "add", written)
     entries = [entry("q", "a", ["a.png"])] * 12
     build(tmp_path, entries, workers=4)

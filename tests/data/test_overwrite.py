@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.data import build as build_module
+from megatron_vlm.data import build_publish
 from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.index import open_dataset
 from megatron_vlm.errors import DataError
@@ -113,8 +114,8 @@ def test_a_failed_build_leaves_the_old_set(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return original(*args, **options)  # type: ignore[arg-type]
 
-    original = build_module._encode_entry
-    monkeypatch.setattr(build_module, "_encode_entry", fail_late)
+    original = build_module.encode_entry
+    monkeypatch.setattr(build_module, "encode_entry", fail_late)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, [entry("q", "b")] * 9, overwrite=True, workers=1)
     assert snapshot(tmp_path / "set") == before
@@ -205,17 +206,28 @@ def test_a_full_disk_leaves_the_old_set_and_nothing_else(tmp_path: Path, limit: 
     assert not (tmp_path / "set" / "building.tmp").exists()
 
 
-def test_a_build_that_cannot_switch_removes_what_it_wrote(
+def test_a_build_that_cannot_switch_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
+    def unwanted(*args: object, **options: object) -> None:
+        raise AssertionError("encoded again")
+
+    before = build(tmp_path, [entry("q", "a")])
+    source = [entry("q", "b")]
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "write_atomic", full)
+        patch.setattr(build_publish, "write_atomic", full)
         with pytest.raises(DataError, match="cannot be written .No space left"):
-            build(tmp_path, [entry("q", "b")])
-    assert list((tmp_path / "set").iterdir()) == []
+            build(tmp_path, source, overwrite=True)
+    assert open_dataset(tmp_path / "set").content_sha256 == before.content_sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "encode_entry", unwanted)
+        build_dataset(tmp_path / "source.json", tmp_path / "set", overwrite=True)
+    assert open_dataset(tmp_path / "set").content_sha256 != before.content_sha256
+    build_dataset(tmp_path / "source.json", tmp_path / "other")
+    assert snapshot(tmp_path / "set") == snapshot(tmp_path / "other")
 
 
 def test_what_an_interrupted_build_left_is_replaced(tmp_path: Path) -> None:
@@ -225,8 +237,6 @@ def test_what_an_interrupted_build_left_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "set" / "building.tmp" / "shard-00000.tar").write_bytes(b"half")
     with pytest.raises(DataError, match=r"dataset\.json: missing"):
         open_dataset(tmp_path / "set")
-    with pytest.raises(DataError, match="interrupted build left"):
-        build(tmp_path, [entry("q", "b")])
-    index = build(tmp_path, [entry("q", "b")], overwrite=True)
+    index = build(tmp_path, [entry("q", "b")])
     left = sorted(path.name for path in (tmp_path / "set").iterdir())
     assert left == sorted([index.folder.name, "dataset.json"])

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.errors import DataError
 
@@ -86,6 +87,13 @@ def names_of(path: Path, files: Sequence[Path]) -> list[str]:
     if path.is_dir():
         return [file.relative_to(path).as_posix() for file in files]
     return [file.name for file in files]
+
+
+def shortened(value: Any) -> str:
+    """A name as errors quote it; the type of what is no text."""
+    if not isinstance(value, str):
+        return type(value).__name__
+    return repr(value if len(value) <= 120 else value[:117] + "...")
 
 
 def _walk(folder: Path, extensions: tuple[str, ...]) -> list[Path]:

@@ -16,18 +16,20 @@ import yaml
 
 from megatron_vlm.data.chat import Turn
 from megatron_vlm.data.draft import Draft, SampleKind
+from megatron_vlm.data.sources.byte_ranges import shortened
 from megatron_vlm.data.sources.conversations import Content
 from megatron_vlm.data.sources.documents import Shown, document_draft
 from megatron_vlm.data.sources.media import MediumKind, entry_json
 from megatron_vlm.data.sources.options import SourceOptions
-from megatron_vlm.data.sources.tar_groups import Group, TarGroupSource
+from megatron_vlm.data.sources.tar_groups import Group, TarGroupSource, extensions_of
 from megatron_vlm.data.sources.webdataset import expand_braces, medium_kind
 from megatron_vlm.errors import DataError
 
 META_FOLDER = ".nv-meta"
 """Folder that makes a folder an Energon data set."""
 
-_MAX_META_BYTES = 64 * 2**20
+_MAX_META_BYTES = 4 * 2**20
+"""A declaration is some kilobytes; YAML of a megabyte takes seconds to read."""
 _FIELD = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
 _JSON_EXTENSIONS = ("json", "jsn")
 
@@ -72,7 +74,7 @@ class _Fields:
                     raise DataError(f"{name}: {path[0]!r} is no extension of a {name}")
                 return Shown(name, self.group.medium(path[0]))
         wanted = " or ".join(path[0] for path in self.paths[name])
-        raise DataError(f"{name}: no member .{wanted}; the sample has {', '.join(self._names())}")
+        raise DataError(f"{name}: no member .{wanted}; the sample has {extensions_of(self.group)}")
 
     def kept(self) -> bytes:
         """What is kept beside the sample: its fields but for the media."""
@@ -82,7 +84,7 @@ class _Fields:
     def _follow(self, path: FieldPath) -> Any:
         extension, *rest = path
         if extension not in self.group.members:
-            raise DataError(f"no member .{extension}; the sample has {', '.join(self._names())}")
+            raise DataError(f"no member .{extension}; the sample has {extensions_of(self.group)}")
         if extension.rpartition(".")[2] not in _JSON_EXTENSIONS:
             return self.group.text(extension)
         value: Any = self.group.json(extension)
@@ -93,9 +95,6 @@ class _Fields:
                 at = "".join(f"[{key}]" for key in rest[: done + 1])
                 raise DataError(f"{extension}{at}: there is none") from error
         return value
-
-    def _names(self) -> list[str]:
-        return [f".{extension}" for extension in self.group.members][:20]
 
 
 def open_energon(path: Path, options: SourceOptions) -> TarGroupSource:
@@ -233,14 +232,15 @@ def _sample_type(meta: Path, config: dict[str, Any]) -> str:
         raise DataError(f"{place}: names no __class__; expected one of {', '.join(_SAMPLE_TYPES)}")
     if name.startswith("Crude"):
         raise DataError(
-            f"{place}: {name} leaves it to code what a sample is; read the tars as --form "
-            "webdataset"
+            f"{place}: {shortened(name)} leaves it to code what a sample is; read the tars as "
+            "--form webdataset"
         )
     name = re.sub("Webdataset$", "Sample", name)
-    if name not in _SAMPLE_TYPES or str(module).split(".")[:2] != ["megatron", "energon"]:
+    of_energon = isinstance(module, str) and module.split(".")[:2] == ["megatron", "energon"]
+    if name not in _SAMPLE_TYPES or not of_energon:
         raise DataError(
-            f"{place}: {module}.{name}; expected one of {', '.join(_SAMPLE_TYPES)} of "
-            "megatron.energon"
+            f"{place}: {shortened(name)} of {shortened(module)}; expected one of "
+            f"{', '.join(_SAMPLE_TYPES)} of megatron.energon"
         )
     return name
 
@@ -265,7 +265,9 @@ def _field_map(meta: Path, config: dict[str, Any]) -> dict[str, list[FieldPath]]
 def _field_path(place: Path, name: str, given: str) -> FieldPath:
     match = _FIELD.fullmatch(given.strip())
     if match is None:
-        raise DataError(f"{place}: field_map.{name}: {given!r}; expected jpg or json[caption][0]")
+        raise DataError(
+            f"{place}: field_map.{name}: {given[:80]!r}; expected jpg or json[caption][0]"
+        )
     return (match[1].lower(), *re.findall(r"\[([^\[\]]+)\]", match[2]))
 
 
@@ -278,8 +280,8 @@ def _split(path: Path, part: str) -> tuple[list[str], frozenset[str]]:
     if not isinstance(parts, dict) or not parts:
         raise DataError(f"{place}: expected split_parts with the tars of each part")
     if part not in parts:
-        known = ", ".join(map(str, parts))
-        raise DataError(f"{place}: has no part {part!r}; --split takes one of {known}")
+        known = ", ".join(map(repr, parts))
+        raise DataError(f"{place}: has no part {part!r}; --split takes one of {known[:200]}")
     excluded = _names(place, "exclude", splits.get("exclude") or [])
     shards = [n for n in _names(place, f"split_parts.{part}", parts[part]) if n not in excluded]
     if not shards:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from megatron_vlm.data.draft import Medium
-from megatron_vlm.data.source import MAX_ENCODED_BYTES
-from megatron_vlm.data.sources.byte_ranges import ByteRange
+from megatron_vlm.data.sources.byte_ranges import ByteRange, shortened
 from megatron_vlm.data.sources.strict_json import write_json
 from megatron_vlm.errors import DataError
+
+MAX_ENCODED_BYTES = 512 * 2**20
+"""Most bytes of pictures and videos that one sample may have. Our choice."""
 
 MediumKind: TypeAlias = Literal["image", "video"]
 
@@ -68,14 +70,14 @@ class MediaFolder:
         if isinstance(named, dict):
             return self._find_in(named, kind)
         if not isinstance(named, str) or not named:
-            raise DataError(f"{kind}: is {_short(named)}; expected a path or a data URI")
+            raise DataError(f"{kind}: is {shortened(named)}; expected a path or a data URI")
         if named[:5].lower() == "data:":
             return from_data_uri(named, kind)
         if named.startswith("file://"):
             return self._find_file(named.removeprefix("file://"), kind)
         if _ADDRESS.match(named):
             raise DataError(
-                f"{kind} {_short(named)}: is an address; nothing is downloaded, so fetch it "
+                f"{kind} {shortened(named)}: is an address; nothing is downloaded, so fetch it "
                 "first and give its path"
             )
         return self._find_file(named, kind)
@@ -89,11 +91,12 @@ class MediaFolder:
             if isinstance(named.get(key), str):
                 return self.find(named[key], kind)
         raise DataError(
-            f"{kind}: an object with {', '.join(map(str, named)) or 'no field'}; expected its path"
+            f"{kind}: an object with {', '.join(map(repr, named))[:200] or 'no field'}; expected "
+            "its path"
         )
 
     def _find_file(self, name: str, kind: MediumKind) -> Medium:
-        quoted = f"{kind} {_short(name)}"
+        quoted = f"{kind} {shortened(name)}"
         try:
             path = (self.root / name).resolve()
             if not path.is_relative_to(self.root):
@@ -116,7 +119,7 @@ def from_bytes(content: bytes, kind: MediumKind, name: str) -> Medium:
     Raises:
         DataError: larger than `MAX_ENCODED_BYTES`.
     """
-    _check_size(len(content), f"{kind} {_short(name)}")
+    _check_size(len(content), f"{kind} {shortened(name)}")
     return Medium(name, len(content), partial(_same, content))
 
 
@@ -129,13 +132,13 @@ def from_data_uri(uri: str, kind: MediumKind) -> Medium:
     match = _DATA_URI.match(uri)
     if match is None or match[1] != kind:
         raise DataError(
-            f"{kind} {_short(uri)}: not a data URI of {kind}/... in base64; write it as "
+            f"{kind} {shortened(uri)}: not a data URI of {kind}/... in base64; write it as "
             f"data:{kind}/...;base64,..."
         )
     try:
         content = base64.b64decode(uri[match.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"{kind} {_short(uri)}: not valid base64 ({error})") from error
+        raise DataError(f"{kind} {shortened(uri)}: not valid base64 ({error})") from error
     return from_bytes(content, kind, uri[: match.end() - 1])
 
 
@@ -171,13 +174,6 @@ def _check_size(size: int, quoted: str) -> None:
         raise DataError(
             f"{quoted}: {size} bytes; at most {MAX_ENCODED_BYTES} are read for one sample"
         )
-
-
-def _short(value: Any) -> str:
-    if not isinstance(value, str):
-        return type(value).__name__
-    text = repr(value[:200])
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _same(content: bytes) -> bytes:

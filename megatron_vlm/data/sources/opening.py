@@ -91,16 +91,16 @@ def choose_form(path: Path, options: SourceOptions) -> Choice:
 def _choose_folder(path: Path, options: SourceOptions) -> Choice:
     if (path / META_FOLDER).is_dir():
         return Choice("energon", f"it holds {META_FOLDER}")
-    found = {_EXTENSIONS[e] for e in _extensions(path) if e in _EXTENSIONS}
+    found = {_EXTENSIONS[e]: e for e in _extensions(path) if e in _EXTENSIONS}
     # Tools that write tars and token files leave records of their own beside them.
-    for form, extension in (("webdataset", ".tar"), ("megatron", ".idx")):
-        if form in found:
-            return Choice(form, f"it holds {extension} files")
-    if len(found) != 1:
-        what = f"files of several forms ({', '.join(sorted(found))})" if found else "no known files"
+    several = [form for form in ("webdataset", "megatron") if form in found] or sorted(found)
+    if len(several) != 1 and several[:1] != ["webdataset"]:
+        what = f"files of several forms ({', '.join(several)})" if several else "no known files"
         raise DataError(f"{path}: holds {what}; say which with --form {' or '.join(FORMS)}")
-    form = found.pop()
-    return _choose_records(path, options) if form == "records" else Choice(form, "of its files")
+    form = several[0]
+    if form == "records":
+        return _choose_records(path, options)
+    return Choice(form, f"it holds {found[form]} files")
 
 
 def _choose_file(path: Path, options: SourceOptions) -> Choice:
@@ -162,12 +162,20 @@ def _open_any_text(path: Path, options: SourceOptions) -> Source:
     return open_text_lines(path, options) if records else open_text(path, options)
 
 
+def _open_pdf(path: Path, options: SourceOptions) -> Source:
+    # Its library is an extra.
+    from megatron_vlm.data.pdf.source import PdfSource
+
+    return PdfSource(path, options.pdf_mode, options.pdf)
+
+
 FORMS: dict[str, Form] = {
     "conversations": Form(open_conversations, "LLaVA `conversations`, `messages` or `sessions`"),
     "interleaved": Form(open_interleaved, "OBELICS or MINT: `images` and `texts`, aligned"),
     "webdataset": Form(open_webdataset, "tars whose members form samples by their names"),
     "energon": Form(open_energon, "a folder that Megatron-Energon prepared"),
     "text": Form(_open_any_text, "`.txt` files, or JSON lines with a text field"),
+    "pdf": Form(_open_pdf, "PDF files, as documents or as pages with covered text"),
     "megatron": Form(open_megatron_tokens, "tokenized text, `.bin` and `.idx`"),
     "preference": Form(open_preferences, "`images`, `prompt`, `chosen`, `rejected`"),
 }
@@ -175,7 +183,7 @@ FORMS: dict[str, Form] = {
 
 _EXTENSIONS = {
     **dict.fromkeys(RECORD_EXTENSIONS, "records"),
-    **{".tar": "webdataset", ".idx": "megatron", ".bin": "megatron", ".txt": "text"},
+    **{".tar": "webdataset", ".idx": "megatron", ".bin": "megatron", ".txt": "text", ".pdf": "pdf"},
 }
 
 _TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_vlm.data.chat import ThinkingSettings
+from megatron_vlm.data.pdf.settings import PdfMode, PdfSettings
 
 if TYPE_CHECKING:
     from megatron_vlm.data.tokenizer import Tokenizer
@@ -30,6 +31,11 @@ class SourceOptions:
     """What becomes of thinking traces."""
     learn_thoughts: bool = False
     """Learn the thoughts of a trajectory too, not its actions alone."""
+    pdf_mode: PdfMode = "interleaved"
+    """What becomes of PDF files: documents of their text and pictures, or pages with covered text
+    to read."""
+    pdf: PdfSettings = field(default_factory=PdfSettings)
+    """How PDF files are read."""
     tokenizer: Tokenizer | None = None
     """The set's tokenizer, which Megatron token files are checked against."""
     end_of_document: int | None = None

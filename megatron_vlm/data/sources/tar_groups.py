@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from megatron_vlm.data.draft import Draft, Entry, Medium, SampleKind
-from megatron_vlm.data.source import MAX_ENCODED_BYTES
-from megatron_vlm.data.sources.byte_ranges import ByteRange
+from megatron_vlm.data.sources.byte_ranges import ByteRange, shortened
 from megatron_vlm.data.sources.lines import MAX_LINE_BYTES
+from megatron_vlm.data.sources.media import MAX_ENCODED_BYTES
 from megatron_vlm.data.sources.strict_json import parse_json
 from megatron_vlm.data.sources.tar_members import CutOff, Member, tar_members
 from megatron_vlm.errors import DataError
@@ -36,7 +36,7 @@ class Group:
     def add(self, extension: str, member: Member) -> None:
         """Take a member in."""
         if extension in self.members:
-            self.fault = f"two members are called {member.name!r}"
+            self.fault = f"two members are called {shortened(member.name)}"
         elif len(self.members) >= MAX_GROUP_MEMBERS:
             self.fault = f"more than {MAX_GROUP_MEMBERS} members"
         else:
@@ -52,8 +52,8 @@ class Group:
         name = f"{self.tar.name}/{member.name}"
         if member.size > MAX_ENCODED_BYTES:
             raise DataError(
-                f"{name!r}: {member.size} bytes; at most {MAX_ENCODED_BYTES} are read for one "
-                "sample"
+                f"{shortened(name)}: {member.size} bytes; at most {MAX_ENCODED_BYTES} are read "
+                "for one sample"
             )
         return Medium(name, member.size, self._range(member).read)
 
@@ -68,8 +68,8 @@ class Group:
             return encoded.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{self.members[extension].name!r}: not UTF-8 at byte {error.start}; write it "
-                "again as UTF-8"
+                f"{shortened(self.members[extension].name)}: not UTF-8 at byte {error.start}; "
+                "write it again as UTF-8"
             ) from error
 
     def json(self, extension: str) -> object:
@@ -82,19 +82,20 @@ class Group:
         try:
             return parse_json(encoded)
         except DataError as error:
-            raise DataError(f"{self.members[extension].name!r}: {error}") from error
+            raise DataError(f"{shortened(self.members[extension].name)}: {error}") from error
 
     def _small(self, extension: str) -> bytes:
         member = self.members[extension]
         if member.size > MAX_LINE_BYTES:
             raise DataError(
-                f"{member.name!r}: {member.size} bytes; at most {MAX_LINE_BYTES} of text are read"
+                f"{shortened(member.name)}: {member.size} bytes; at most {MAX_LINE_BYTES} of text "
+                "are read"
             )
         return self._range(member).read()
 
     def _range(self, member: Member) -> ByteRange:
         name = f"{self.tar.name}/{member.name}"
-        return ByteRange(self.tar, member.offset, member.size, repr(name))
+        return ByteRange(self.tar, member.offset, member.size, shortened(name))
 
 
 class TarGroupSource:
@@ -150,9 +151,11 @@ class TarGroupSource:
                 raise DataError(f"{group.fault}; pack the tar again")
             return self._to_drafts(group)
         except RecursionError as error:
-            raise DataError(f"{name} {group.key!r}: nested too deeply; flatten it") from error
+            raise DataError(
+                f"{name} {shortened(group.key)}: nested too deeply; flatten it"
+            ) from error
         except DataError as error:
-            raise DataError(f"{name} {group.key!r}: {error}") from error
+            raise DataError(f"{name} {shortened(group.key)}: {error}") from error
 
 
 def tar_groups(path: Path) -> Iterator[Group]:
@@ -194,3 +197,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     if not dot or not stem or not extension or (name.startswith("__") and name.endswith("__")):
         return None
     return folder + slash + stem, extension.lower()
+
+
+def extensions_of(group: Group) -> str:
+    """What members a group has, for errors."""
+    return ", ".join(map(repr, group.members))[:200]

@@ -17,6 +17,8 @@ from megatron_vlm.errors import DataError
 _BLOCK = 512
 _MAX_EXTENDED = 2**20
 """Most bytes of an extended header, which holds little but a name. Our choice."""
+_MAX_NAME = 4096
+"""Longest name that Linux could unpack."""
 
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
@@ -99,6 +101,8 @@ class _Walk:
                 size = self._pax_size(fields[b"size"])
             name = long_name or (_text(fields[b"path"]) if b"path" in fields else _name(header))
             long_name, fields = None, {}
+            if len(name) > _MAX_NAME:
+                raise self._damage(f"a member whose name has {len(name)} characters")
             if kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith("/")):
                 continue
             offset = self._at

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from megatron_vlm.data.draft import Draft, Medium, SampleKind
-from megatron_vlm.data.sources.byte_ranges import files_below, names_of
+from megatron_vlm.data.sources.byte_ranges import files_below, names_of, shortened
 from megatron_vlm.data.sources.conversations import conversation_drafts, listed_media
 from megatron_vlm.data.sources.documents import Shown, document_draft
 from megatron_vlm.data.sources.interleaved import interleaved_drafts
@@ -25,7 +25,12 @@ from megatron_vlm.data.sources.media import (
     entry_json,
 )
 from megatron_vlm.data.sources.options import SourceOptions
-from megatron_vlm.data.sources.tar_groups import Group, TarGroupSource, tar_groups
+from megatron_vlm.data.sources.tar_groups import (
+    Group,
+    TarGroupSource,
+    extensions_of,
+    tar_groups,
+)
 from megatron_vlm.errors import DataError
 
 Shape: TypeAlias = Literal["caption", "conversation", "interleaved"]
@@ -126,7 +131,8 @@ def group_json(group: Group) -> dict[str, Any]:
     value = group.json("json")
     if not isinstance(value, dict):
         raise DataError(
-            f"{group.members['json'].name!r}: is {type(value).__name__}; expected an object"
+            f"{shortened(group.members['json'].name)}: is {type(value).__name__}; expected an "
+            "object"
         )
     return value
 
@@ -145,7 +151,9 @@ def _shape_of_first(files: Sequence[Path]) -> Shape:
             try:
                 return _shape(group, group_json(group))
             except DataError as error:
-                raise DataError(f"{file}: first sample {group.key!r} is bad: {error}") from error
+                raise DataError(
+                    f"{file}: first sample {shortened(group.key)} is bad: {error}"
+                ) from error
     raise DataError(f"{files[0]}: holds no samples; expected members such as 000.jpg and 000.txt")
 
 
@@ -190,9 +198,8 @@ def _with_media(entry: dict[str, Any], group: Group) -> dict[str, Any]:
 def _find(group: Group, named: Any, kind: MediumKind) -> Medium:
     extension = _member(group, named)
     if extension is None or medium_kind(extension) != kind:
-        shown = repr(named[:120]) if isinstance(named, str) else type(named).__name__
         raise DataError(
-            f"{kind} {shown}: no such member; the sample has {', '.join(group.members)[:200]}"
+            f"{kind} {shortened(named)}: no such member; the sample has {extensions_of(group)}"
         )
     return group.medium(extension)
 

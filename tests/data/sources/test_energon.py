@@ -162,8 +162,8 @@ def test_other_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "paths", "message"),
     [
-        ({"txt": b"c"}, CAPTIONS, "image: no member .jpg; the sample has .txt"),
-        ({"jpg": b"p"}, CAPTIONS, "no member .txt; the sample has .jpg"),
+        ({"txt": b"c"}, CAPTIONS, "image: no member .jpg; the sample has 'txt'"),
+        ({"jpg": b"p"}, CAPTIONS, "no member .txt; the sample has 'jpg'"),
         ({"jpg": b"p", "txt": b"\xff"}, CAPTIONS, "not UTF-8"),
         ({"jpg": b"p", "txt": b"c"}, {"image": "txt", "caption": "txt"}, "no extension of a image"),
         (
@@ -203,9 +203,17 @@ def crude(name: str, module: str = "megatron.energon") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("dataset.yaml", crude("CrudeWebdataset"), "CrudeWebdataset leaves it to code"),
-        ("dataset.yaml", crude("ImageSample"), "megatron.energon.ImageSample; expected one of Cap"),
-        ("dataset.yaml", crude("CaptioningSample", "my.code"), "my.code.CaptioningSample; expec"),
+        ("dataset.yaml", crude("CrudeWebdataset"), "'CrudeWebdataset' leaves it to code"),
+        (
+            "dataset.yaml",
+            crude("ImageSample"),
+            "'ImageSample' of 'megatron.energon'; expected",
+        ),
+        (
+            "dataset.yaml",
+            crude("CaptioningSample", "my.code"),
+            "'CaptioningSample' of 'my.code'; exp",
+        ),
         ("dataset.yaml", {"sample_type": None}, "names no __class__"),
         ("dataset.yaml", {"field_map": None}, "expected a field_map"),
         ("dataset.yaml", {"field_map": {"image": "jpg"}}, "field_map has no caption"),
@@ -216,7 +224,11 @@ def crude(name: str, module: str = "megatron.energon") -> dict[str, Any]:
             {"field_map": None, "sample_loader": "sample_loader.py:load", "part_filter": "x"},
             "sample_loader is code, which is not run; declare a field_map",
         ),
-        ("split.yaml", {"split_parts": {"test": []}}, "no part 'train'; --split takes one of test"),
+        (
+            "split.yaml",
+            {"split_parts": {"test": []}},
+            "no part 'train'; --split takes one of 'test'",
+        ),
         ("split.yaml", {"split_parts": []}, "expected split_parts"),
         ("split.yaml", {"split_parts": {"train": []}}, "part 'train' has no tars"),
         ("split.yaml", {"split_parts": {"train": "x"}}, "split_parts.train: expected a list"),
@@ -252,6 +264,7 @@ def test_a_field_map_suffices_beside_a_loader(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system ['true']", "no valid YAML"),
         ("[" * 2_000, "no valid YAML"),
         ("a: \x00", "no valid YAML"),
+        ("a: &a [x, x]\n__class__: A\n__module__: [*a, *a]", "'A' of list; expected one of"),
     ],
 )
 def test_yaml_that_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_vlm.data.draft import Source
+from megatron_vlm.data.draft import Source, Text
 from megatron_vlm.data.sources.opening import FORMS, open_source
 from megatron_vlm.data.sources.options import SourceOptions
 from megatron_vlm.data.tokenizer import byte_tokenizer
@@ -100,6 +101,20 @@ def test_auto_of_other_paths(tmp_path: Path) -> None:
         open_source(path, "auto", OPTIONS, told.append)
     forms = [line.split(": taken as ")[1].split(",")[0] for line in told]
     assert forms == ["megatron", "energon", "webdataset", "webdataset"]
+
+
+def test_pdf(tmp_path: Path) -> None:
+    figure = Figure()
+    figure.text(0.1, 0.5, "Some words that a page has, enough of them to make up a sentence.")
+    figure.savefig(tmp_path / "x.pdf", metadata={"CreationDate": None})
+    told: list[str] = []
+    source = open_source(tmp_path, tell=told.append)
+    assert ": taken as pdf, since it holds .pdf files" in told[0]
+    (draft,) = next(source.entries()).drafts()
+    assert source.kind == "document"
+    assert "words that a page has" in "".join(p.text for p in draft.parts if isinstance(p, Text))
+    masked = open_source(tmp_path / "x.pdf", options=SourceOptions(pdf_mode="masked"))
+    assert masked.kind == "conversation"
 
 
 def test_field_of_text(tmp_path: Path) -> None:

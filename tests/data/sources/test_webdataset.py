@@ -186,7 +186,7 @@ def test_groups_that_are_no_captions(
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"images": ["x.png", "y.png"]}, "image 'x.png': no such member; the sample has 0.png"),
+        ({"images": ["x.png", "y.png"]}, "image 'x.png': no such member; the sample has '0.png'"),
         ({"images": ["json"]}, "image 'json': no such member"),
         ({"image": 3}, "image: expected a path"),
         ({"image": "/etc/passwd", "images": ["0.png"]}, "image, images: both"),
