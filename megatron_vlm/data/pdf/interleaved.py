@@ -17,9 +17,9 @@ from typing import Any
 from megatron_vlm.data.draft import Draft, Medium, Part, Picture, Special, Text
 from megatron_vlm.data.pdf.left_out import left_out, nothing_left
 from megatron_vlm.data.pdf.messages import Message
-from megatron_vlm.data.pdf.paragraphs import join
 from megatron_vlm.data.pdf.pool import read_pages
 from megatron_vlm.data.pdf.settings import PdfSettings
+from megatron_vlm.data.pdf.wording import join
 from megatron_vlm.errors import DataError
 
 _MARGIN = 0.12
