@@ -274,7 +274,7 @@ def _learned(given: dict[str, Any], place: str) -> bool | None:
         value = given.get(name)
         if value is None:
             continue
-        if value not in (0, 1) or isinstance(value, float):
+        if value not in (0, 1):
             raise DataError(f"{place}.{name}: {str(value)[:40]!r}; expected true or false")
         return bool(value)
     return None
