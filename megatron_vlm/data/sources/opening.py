@@ -17,6 +17,7 @@ from megatron_vlm.data.sources.options import SourceOptions
 from megatron_vlm.data.sources.plain_text import open_text, open_text_lines
 from megatron_vlm.data.sources.preference import open_preferences
 from megatron_vlm.data.sources.records import RECORD_EXTENSIONS, open_records
+from megatron_vlm.data.sources.trajectories import open_trajectories
 from megatron_vlm.data.sources.webdataset import open_webdataset
 from megatron_vlm.errors import DataError
 
@@ -171,6 +172,7 @@ def _open_pdf(path: Path, options: SourceOptions) -> Source:
 
 FORMS: dict[str, Form] = {
     "conversations": Form(open_conversations, "LLaVA `conversations`, `messages` or `sessions`"),
+    "trajectories": Form(open_trajectories, "`instruction` and `steps` of pictures and actions"),
     "interleaved": Form(open_interleaved, "OBELICS or MINT: `images` and `texts`, aligned"),
     "webdataset": Form(open_webdataset, "tars whose members form samples by their names"),
     "energon": Form(open_energon, "a folder that Megatron-Energon prepared"),
@@ -191,6 +193,7 @@ _TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("conversations", ("conversations",)),
     ("conversations", ("messages",)),
     ("conversations", ("sessions",)),
+    ("trajectories", ("instruction", "steps")),
     ("interleaved", ("images", "texts")),
 )
 """Fields that tell a form, the most telling first."""
