@@ -33,6 +33,8 @@ REQUIRES = [
     "rich",
     # Decodes JPEG in half of Pillow's time, and refuses what is damaged when asked to.
     "simplejpeg>=1.8",
+    # Renders the chat templates of other models.
+    "jinja2>=3.1",
     # Its list of licences came with this one.
     "packaging>=24.2",
 ]

@@ -110,7 +110,7 @@ def session_parts(
             that is not the assistant's, or marks that do not fit the media or objects.
     """
     thinking = thinking or ThinkingSettings()
-    _check_turns(sessions)
+    check_turns(sessions)
     marked = MarkedTexts(media_kinds, objects, video_fps)
     opening = marked.opening(turn.text for turns in sessions for turn in turns)
     if not any(turn.is_learned for turns in sessions for turn in turns):
@@ -122,7 +122,7 @@ def session_parts(
     for number, turns in enumerate(sessions):
         if not turns:
             raise DataError(f"sessions[{number}]: has no turns; leave it out")
-        opened = _open_first(turns, opening) if number == 0 else turns
+        opened = open_first(turns, opening) if number == 0 else turns
         shown = _with_switch(opened, thinking)
         for turn in shown:
             parts += _turn_parts(turn, marked)
@@ -209,7 +209,12 @@ def has_reasoning(turn: Turn) -> bool:
     return turn.reasoning is not None and bool(turn.reasoning.strip())
 
 
-def _check_turns(sessions: Sequence[Sequence[Turn]]) -> None:
+def check_turns(sessions: Sequence[Sequence[Turn]]) -> None:
+    """Refuse turns that cannot be.
+
+    Raises:
+        DataError: an unknown role, or a thinking trace that is not the assistant's.
+    """
     for turn in (turn for turns in sessions for turn in turns):
         if turn.role not in get_args(Role):
             raise DataError(f"role {turn.role!r}: expected one of {', '.join(get_args(Role))}")
@@ -217,7 +222,8 @@ def _check_turns(sessions: Sequence[Sequence[Turn]]) -> None:
             raise DataError(f"reasoning of a {turn.role} turn: only the assistant may have one")
 
 
-def _open_first(turns: Sequence[Turn], opening: str) -> Sequence[Turn]:
+def open_first(turns: Sequence[Turn], opening: str) -> Sequence[Turn]:
+    """The turns with `MarkedTexts.opening` put before the first question."""
     if not opening:
         return turns
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)

@@ -304,8 +304,7 @@ def _span(values: list[float], side: int, limit: int, axis: str, name: str) -> t
     low, high = low * limit / side, high * limit / side
     if round(low) < round(high):
         return round(low), round(high)
-    start = min(math.floor(low), limit - 1)
-    return start, start + 1
+    return math.floor(low), math.floor(low) + 1
 
 
 def _inside(value: float, side: int, axis: str, name: str) -> float:

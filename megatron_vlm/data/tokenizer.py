@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -27,6 +29,18 @@ SPECIAL_TOKENS: dict[str, str] = {
     "end": "<|end|>",
 }
 """Special tokens by their role."""
+
+KNOT_TOKENS: dict[str, str] = {
+    "knot_head": "<|knot_head|>",
+    "knot_tail": "<|knot_tail|>",
+    "id_open": "<|id_open|>",
+    "id_close": "<|id_close|>",
+}
+"""Special tokens of rows that are untied (`untie`), by their role. A tokenizer has them when it is
+asked to, after all other ids."""
+
+ID_ALPHABET = string.ascii_letters + string.digits
+"""Characters of the IDs in such rows. Published code: letters and digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +69,22 @@ class SpecialIds:
         return {SPECIAL_TOKENS[role]: value for role, value in asdict(self).items()}
 
 
+@dataclass(frozen=True, slots=True)
+class KnotIds:
+    """Ids of what untied rows are made with."""
+
+    knot_head: int
+    knot_tail: int
+    id_open: int
+    id_close: int
+    characters: tuple[int, ...]
+    """Id of each character of `ID_ALPHABET`: an ID has as many tokens as characters."""
+
+    def special(self, role: str) -> int:
+        """Id of a special token, by its role in `KNOT_TOKENS`."""
+        return {role: int(getattr(self, role)) for role in KNOT_TOKENS}[role]
+
+
 class Tokenizer:
     """A Hugging Face tokenizer whose special tokens are out of reach of the text."""
 
@@ -74,7 +104,13 @@ class Tokenizer:
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.special_ids = SpecialIds.from_names(vocabulary)
-        self._reserved = frozenset(asdict(self.special_ids).values())
+        added = backend.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        # Never added here, for ids of tokenizers already in use must not change.
+        self._has_knots = {t.content for t in added.values()}.issuperset(KNOT_TOKENS.values())
+        tokens = [*_all_tokens(), *(KNOT_TOKENS.values() if self._has_knots else ())]
+        self._reserved = frozenset(vocabulary[token] for token in tokens)
+        self._split_spellings = _split_spellings(tokens)
         self.vocab_size: int = max(vocabulary.values()) + 1
         """Ids run from 0 to below this."""
 
@@ -134,7 +170,52 @@ class Tokenizer:
             KeyError: no such special token.
         """
         ids = {**asdict(self.special_ids), **self.special_ids.by_token()}
-        return ids[name]
+        return int(ids[name])
+
+    def with_knots(self) -> Tokenizer:
+        """This tokenizer with the special tokens of `KNOT_TOKENS`, after all its ids.
+
+        Raises:
+            DataError: a character of the IDs has no token of its own, or the vocabulary has gaps
+                that the new tokens fall into.
+        """
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        backend.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in KNOT_TOKENS.values()]
+        )
+        extended = Tokenizer(backend)
+        knots = extended.knots
+        if not self._has_knots and min(map(knots.special, KNOT_TOKENS)) < self.vocab_size:
+            raise DataError(
+                f"tokenizer: {', '.join(KNOT_TOKENS.values())} would fall into gaps of its "
+                "vocabulary; use one whose ids have none"
+            )
+        return extended
+
+    @cached_property
+    def knots(self) -> KnotIds:
+        """Ids of what untied rows are made with.
+
+        Raises:
+            DataError: this tokenizer lacks them, or a character of the IDs has no token of its own.
+        """
+        if not self._has_knots:
+            raise DataError(
+                f"tokenizer: has no {KNOT_TOKENS['knot_head']}, which untied rows need; build the "
+                "data set with a tokenizer that has the knots"
+            )
+        characters = []
+        for character in ID_ALPHABET:
+            token = self._backend.token_to_id(character)
+            if token is None or self._backend.decode([token]) != character:
+                raise DataError(
+                    f"tokenizer: has no token for {character!r} alone, which the IDs of untied "
+                    "rows need; use one that knows every letter and digit"
+                )
+            characters.append(token)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        special = {role: int(vocabulary[token]) for role, token in KNOT_TOKENS.items()}
+        return KnotIds(**special, characters=tuple(characters))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. None of them is special, whatever the text spells.
@@ -148,13 +229,40 @@ class Tokenizer:
             return ids
         # Some vocabularies hold the special spellings as ordinary entries; broken after its
         # first character, a spelling matches none.
-        ids = [i for piece in _SPLIT_SPELLINGS.split(text) for i in self._encode(piece)]
+        ids = [i for piece in self._split_spellings.split(text) for i in self._encode(piece)]
         if self._reserved.isdisjoint(ids):
             return ids
         raise DataError(
             f"text {text[:60]!r} turns into special tokens; use a tokenizer whose vocabulary "
             f"does not produce {', '.join(_all_tokens())} from text"
         )
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a template's own text, in which spellings of added tokens are those tokens.
+
+        Never for text of a data set: see `encode`.
+
+        Raises:
+            DataError: the text is not valid Unicode.
+        """
+        return [token for _, token in self._parse(text)]
+
+    def split_template(self, text: str) -> list[str | int]:
+        """A template's own text as runs of ordinary text and, between them, ids of added tokens.
+
+        Raises:
+            DataError: the text is not valid Unicode.
+        """
+        pieces: list[str | int] = []
+        end = 0
+        for (start, stop), token in self._parse(text):
+            if token not in self._added:
+                continue
+            if start > end:
+                pieces.append(text[end:start])
+            pieces.append(token)
+            end = stop
+        return [*pieces, text[end:]] if end < len(text) else pieces
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; special tokens are left out, or spelled when asked for."""
@@ -164,13 +272,19 @@ class Tokenizer:
         """The text of a `tokenizer.json` that holds the special tokens too."""
         return str(self._backend.to_str())
 
+    @cached_property
+    def _parser(self) -> tokenizers.Tokenizer:
+        """A second one, which takes spellings for what they spell. Switching the first one back and
+        forth would be seen by other threads."""
+        return tokenizers.Tokenizer.from_str(self.to_json())
+
+    def _parse(self, text: str) -> list[tuple[tuple[int, int], int]]:
+        _check_unicode(text)
+        encoding = self._parser.encode(text, add_special_tokens=False)
+        return list(zip(encoding.offsets, encoding.ids, strict=True))
+
     def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"text has an unpaired surrogate at character {error.start}; remove it"
-            ) from error
+        _check_unicode(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -193,10 +307,18 @@ def _all_tokens() -> list[str]:
     return list(SPECIAL_TOKENS.values())
 
 
-# Splits between the first and the second character of every special spelling.
-_SPLIT_SPELLINGS = re.compile(
-    "|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in SPECIAL_TOKENS.values())
-)
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text has an unpaired surrogate at character {error.start}; remove it"
+        ) from error
+
+
+def _split_spellings(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Splits between the first and the second character of every token's spelling."""
+    return re.compile("|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in tokens))
 
 
 def _byte_symbols() -> list[str]:

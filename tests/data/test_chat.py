@@ -111,6 +111,14 @@ def test_media_without_marks_open_the_first_question() -> None:
     assert spelled(parts).startswith("<|user|>[picture 0]\n<video><|end|>")
 
 
+def test_media_without_marks_open_the_first_session_alone() -> None:
+    session = [Turn("user", "q"), Turn("assistant", "a")]
+    assert spelled(session_parts([session, session], ["image"])) == (
+        "<|user|>[picture 0]\nq<|end|><|assistant|>{a<|end|><|eos|>}"
+        "<|user|>q<|end|><|assistant|>{a<|end|><|eos|>}"
+    )
+
+
 def test_sessions_one_after_another() -> None:
     sessions = [
         [Turn("user", "q"), Turn("assistant", "a")],

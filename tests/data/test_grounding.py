@@ -132,6 +132,15 @@ def test_round_trip_within_one_unit(convention: Convention) -> None:
         assert abs(by - clipped[1]) <= units[1] * 0.5 * (1 + 1e-9)
 
 
+def test_sliver_at_the_far_edge() -> None:
+    for side in range(1, 300):
+        box = [np.nextafter(side, 0).item(), 0, side, 1]
+        (mark,) = split_marks("<box:0>", True, [{"box": box}], [0])
+        assert isinstance(mark, Mark)
+        ((x1, _, x2, _),) = parse_boxes(render_mark(mark, (1, side), None, "relative"))
+        assert (x1, x2) == (998, 999)
+
+
 def test_relative_needs_no_seen_size() -> None:
     parts = split_marks("<box:0>", False, OBJECTS, [0])
     assert resolve_marks(parts, [(100, 200)], None, "relative") == [
