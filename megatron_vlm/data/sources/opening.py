@@ -94,7 +94,7 @@ def _choose_folder(path: Path, options: SourceOptions) -> Choice:
         return Choice("energon", f"it holds {META_FOLDER}")
     found = {_EXTENSIONS[e]: e for e in _extensions(path) if e in _EXTENSIONS}
     # Tools that write tars and token files leave records of their own beside them.
-    several = [form for form in ("webdataset", "megatron") if form in found] or sorted(found)
+    several = [form for form in _BESIDE_OTHERS if form in found] or sorted(found)
     if len(several) != 1 and several[:1] != ["webdataset"]:
         what = f"files of several forms ({', '.join(several)})" if several else "no known files"
         raise DataError(f"{path}: holds {what}; say which with --form {' or '.join(FORMS)}")
@@ -187,6 +187,8 @@ _EXTENSIONS = {
     **dict.fromkeys(RECORD_EXTENSIONS, "records"),
     **{".tar": "webdataset", ".idx": "megatron", ".bin": "megatron", ".txt": "text", ".pdf": "pdf"},
 }
+
+_BESIDE_OTHERS: tuple[str, ...] = ("webdataset", "megatron")
 
 _TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("preference", ("chosen", "rejected")),
