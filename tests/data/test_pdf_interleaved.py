@@ -14,6 +14,7 @@ from PIL import Image
 from megatron_vlm.data.draft import Draft, Picture, Special, Text
 from megatron_vlm.data.pdf.interleaved import interleaved_documents
 from megatron_vlm.data.pdf.settings import PdfSettings
+from megatron_vlm.data.pdf.wording import join, normalise
 from megatron_vlm.errors import DataError
 from tests.data.pdf_files import (
     Page,
@@ -180,6 +181,24 @@ def test_every_line_of_a_list_and_every_row_of_a_table_stays_one() -> None:
         f"\u2022 {entry}" for entry in ("a short entry", "another entry of it", "and one more")
     )
     assert text(pdf(page)) == f"{prose(1, 30)}\n\n{table}\n\n{entries}"
+
+
+def test_scripts_without_spaces_are_joined_without() -> None:
+    assert join("\u5b57\u5b57", "\u5b57\u5b57", soft=True) == "\u5b57\u5b57\u5b57\u5b57"
+    assert join("\u5b57", "a word", soft=True) == "\u5b57 a word"
+    assert join("soft\u00ad", "Ware", soft=True) == "softWare"
+    assert (
+        normalise("\ufb01ne na\u0069\u0308ve\u200b x\u00b2\u00a0y") == "fine na\u00efve x\u00b2 y"
+    )
+
+
+def test_one_line_too_long_does_not_break_the_others() -> None:
+    page = Page()
+    said = prose(3, 60)
+    y = page.paragraph(40, 470, said, width=200)
+    page.text(40, y, "and a line that is not broken sticks out of its column by far", "Courier")
+    page.text(40, y - 12, "as it does in drafts.")
+    assert text(pdf(page)).count("\n") <= 3
 
 
 def test_a_poem_keeps_its_lines() -> None:
