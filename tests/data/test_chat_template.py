@@ -178,6 +178,12 @@ def test_thinking(style: str) -> None:
         "deepseek": "I think</think>the cat<｜end｜>",
     }
     assert learned_text(style, ids, flags) == ["It sat." + end, last[style]]
+    # Dropped, a trace is as if it had never been.
+    bare = [turn._replace(reasoning=None) for turn in turns]
+    ids_without, _ = encode_parts(
+        tokenizer_of(style), template(style).parts(turns, thinking="drop")
+    )
+    assert ids_without == of_transformers(style, bare, enable_thinking=False, thinking=False)
     # Told to think where there is a trace, and only there.
     kept = encode_parts(tokenizer_of(style), template(style).parts(turns, thinking="toggle"))
     assert kept == (ids, flags)
@@ -200,7 +206,7 @@ def test_trace_of_a_template_that_never_asks() -> None:
 @pytest.mark.parametrize("style", SOURCES)
 def test_white_space_is_stripped_where_the_template_does(style: str) -> None:
     rng = np.random.default_rng(11)
-    spaces = ["", " ", "\n", "  \n", "\n\n", "\t"]
+    spaces = ["", " ", "\n", "  \n", "\n\n", "\t", "\n \n "]
     for _ in range(60):
         turns = [
             Turn(turn.role, rng.choice(spaces) + turn.text + rng.choice(spaces)) for turn in TURNS
@@ -240,7 +246,7 @@ def test_media_marks_and_learned_turns() -> None:
         Turn("user", "q", learned=True),
         Turn("assistant", "one", learned=False),
         Turn("user", "<box:0>"),
-        Turn("assistant", "<point:0> two"),
+        Turn("assistant", "<point:0> two", reasoning="<image>"),
     ]
     objects = [{"box": [0, 0, 1, 1], "point": [0, 0]}]
     parts = template("chatml").parts(turns, ["image"], objects=objects)
@@ -259,7 +265,7 @@ def test_media_marks_and_learned_turns() -> None:
         spelled += f"{{{shown}}}" if part.learned else shown  # type: ignore[union-attr]
     assert spelled == (
         "Suser\n[picture]{\nq}{E}\nSassistant\noneE\nSuser\n[box]E\n"
-        "Sassistant\n{[point]}{ two}{E}\n"
+        "Sassistant\n{<think>\n}{<image>}{\n</think>\n\n}{[point]}{ two}{E}\n"
     )
 
 
@@ -295,6 +301,33 @@ def test_templates_that_are_refused(source: str, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (
+            "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}"
+            "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+            "reorders what was said",
+        ),
+        (
+            "{% for m in messages %}"
+            "{% if m.reasoning_content and not m.reasoning_content.startswith(' ') %}"
+            "{{ m.reasoning_content }}{% endif %}{{ m.content }}<|im_end|>{% endfor %}",
+            "drops a content that has white space about it",
+        ),
+    ],
+)
+def test_what_becomes_of_traces_is_told(source: str, reason: str) -> None:
+    turns = [
+        Turn("user", "q"),
+        Turn("assistant", "a", reasoning=" hm"),
+        Turn("user", "q"),
+        Turn("assistant", "a"),
+    ]
+    with pytest.raises(DataError, match=reason):
+        ChatTemplate(source, tokenizer_of("chatml")).parts(turns)
+
+
 GROW = "{% set ns = namespace(s='\"a') %}{% for i in range(90) %}{% set ns.s = GROWN %}{% endfor %}"
 
 
@@ -314,6 +347,7 @@ GROW = "{% set ns = namespace(s='\"a') %}{% for i in range(90) %}{% set ns.s = G
             )
         ),
         GROW.replace("{% set ns.s = GROWN %}", "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}"),
+        "{{ (range(30000)|join).join(range(60000)|map('string')) }}",
         "{{ 'a' * 10 ** 11 }}",
         "{{ 10 ** 10 ** 10 }}",
         "{{ '%99999999999d' % 1 }}",
@@ -330,8 +364,9 @@ GROW = "{% set ns = namespace(s='\"a') %}{% for i in range(90) %}{% set ns.s = G
 )
 def test_templates_that_would_not_end(source: str) -> None:
     start = time.process_time()
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as caught:
         compile_template(source, "t")({"messages": [1]})
+    assert "MemoryError" not in str(caught.value)
     assert time.process_time() - start < 20
 
 
