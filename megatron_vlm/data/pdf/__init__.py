@@ -2,5 +2,6 @@
 
 `masked` and `interleaved` make drafts of one document, `source` reads files and folders. The PDF
 library runs in child processes (`pool`, `child`), which may crash or hang without harm; `chars`,
-`layout`, `paragraphs`, `covers`, `render` and `embedded` run there, and so import no torch.
+`layout`, `lines`, `blocks`,
+`wording`, `covers`, `render` and `embedded` run there, and so import no torch.
 """

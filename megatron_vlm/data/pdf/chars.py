@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_vlm.data.pdf.frames import Box, Frame, apply, make_frame
@@ -30,8 +31,8 @@ class Word:
 
     text: str
     box: Box
-    """From the first character's origin to the end of the last one's advance, and from the
-    font's descent to its ascent: it does not depend on the shapes of the letters."""
+    """From the first origin to the end of the last advance, or of its ink where that reaches
+    further, and from the font's descent to its ascent."""
     baseline: float
     size: float
     """Of the font, in points."""
@@ -108,7 +109,37 @@ def read_text(page: Any, text_page: Any) -> PageText:
         run.append(char)
     if run:
         words.append(_word(run, frame, len(words)))
-    return PageText(frame, words, strays, len(chars), sum(char.unmapped for char in chars))
+    unmapped = sum(char.unmapped for char in chars)
+    return PageText(frame, _once(words), strays, len(chars), unmapped)
+
+
+def _once(words: list[Word]) -> list[Word]:
+    """Words that are painted twice, a little apart (for bold, or a shadow), as one."""
+    kept: dict[tuple[str, int, int], list[int]] = {}
+    result: list[Word] = []
+    for word in words:
+        cell = max(word.size, 0.1)
+        column, row = int(word.box.x0 // cell), int(word.baseline // cell)
+        near = (
+            number
+            for x in (column - 1, column, column + 1)
+            for y in (row - 1, row, row + 1)
+            for number in kept.get((word.text, x, y), ())
+        )
+        same = next((number for number in near if _is_same(result[number], word)), None)
+        if same is None:
+            kept.setdefault((word.text, column, row), []).append(len(result))
+            result.append(word)
+            continue
+        first = result[same]
+        box, objects = first.box.joined(word.box), first.objects | word.objects
+        result[same] = replace(first, box=box, objects=objects)
+    return result
+
+
+def _is_same(one: Word, other: Word) -> bool:
+    far = 0.15 * one.size
+    return abs(one.box.x0 - other.box.x0) < far and abs(one.baseline - other.baseline) < far
 
 
 def _chars(text_page: Any) -> Iterator[_Char]:
@@ -223,9 +254,9 @@ def _are_apart(last: _Char, char: _Char, frame: Frame) -> bool:
 
 
 def _word(run: list[_Char], frame: Frame, place: int) -> Word:
-    box = frame.box(*run[0].bounds)
-    for char in run[1:]:
-        box = box.joined(frame.box(*char.bounds))
+    box = functools.reduce(Box.joined, (frame.box(*char.bounds) for char in run))
+    left = min(apply(frame.matrix, *char.origin)[0] for char in run)
+    box = Box(min(left, box.x1), box.y0, box.x1, box.y1)
     style = run[0].style
     size = style.size
     if not 0.3 * size < box.height < 3 * size:

@@ -17,9 +17,9 @@ from typing import Any
 from megatron_vlm.data.draft import Draft, Medium, Part, Picture, Special, Text
 from megatron_vlm.data.pdf.left_out import left_out, nothing_left
 from megatron_vlm.data.pdf.messages import Message
-from megatron_vlm.data.pdf.paragraphs import join
 from megatron_vlm.data.pdf.pool import read_pages
 from megatron_vlm.data.pdf.settings import PdfSettings
+from megatron_vlm.data.pdf.wording import join
 from megatron_vlm.errors import DataError
 
 _MARGIN = 0.12
@@ -74,9 +74,7 @@ def interleaved_documents(
             drafts.append(Draft(parts, media, json.dumps(entry).encode()))
     if not drafts:
         if any("items" in answer.header and answer.header["items"] for answer in answers):
-            raise DataError(
-                f"{name}: has pictures but no text to learn (a scan); recognise it first"
-            )
+            raise DataError(f"{name}: pictures without text to learn (a scan); recognise it first")
         raise nothing_left(name, pages, reasons)
     return drafts
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_vlm.data.pdf.blocks import Block
 from megatron_vlm.data.pdf.chars import PageText, read_text
 from megatron_vlm.data.pdf.covers import cover_blocks
 from megatron_vlm.data.pdf.embedded import embedded_pictures
 from megatron_vlm.data.pdf.messages import Message
-from megatron_vlm.data.pdf.paragraphs import Block, block_text, page_vocabulary
 from megatron_vlm.data.pdf.reading import reading_order
 from megatron_vlm.data.pdf.render import encode_png, page_pixels, render_page
 from megatron_vlm.data.pdf.settings import PdfMode, PdfSettings
+from megatron_vlm.data.pdf.wording import vocabulary
 from megatron_vlm.errors import DataError
 
 _Read = Callable[[Any, Any, PageText, PdfSettings, tuple[str, int]], Message]
@@ -95,8 +96,8 @@ def _masked(
     blocks = [piece for piece in reading_order(text.words, []) if isinstance(piece, Block)]
     size = page_pixels(text.frame, settings)
     covered = cover_blocks(page, text, blocks, size, settings, draw)
-    vocabulary = page_vocabulary(text.words)
-    answer = "\n\n".join(block_text(block, vocabulary) for block in covered.blocks)
+    seen = vocabulary(word.text for word in text.words)
+    answer = "\n\n".join(block.text(seen) for block in covered.blocks)
     return Message(
         {"answer": answer, "covers": covered.covers, "size": size}, [encode_png(covered.image)]
     )
@@ -111,13 +112,13 @@ def _interleaved(
             return Message({"items": []}, [])
         return Message({"items": [{"picture": 0}]}, [encode_png(image)])
     pictures = list(embedded_pictures(document, page, text.frame, settings))
-    vocabulary = page_vocabulary(text.words)
+    seen = vocabulary(word.text for word in text.words)
     items: list[dict[str, Any]] = []
     for piece in reading_order(text.words, [picture.box for picture in pictures]):
         if isinstance(piece, int):
             items.append({"picture": piece})
             continue
-        box, said = piece.box, block_text(piece, vocabulary)
+        box, said = piece.box, piece.text(seen)
         if said:
             place = [box.y0 / text.frame.height, box.y1 / text.frame.height]
             items.append({"text": said, "size": round(piece.size, 1), "place": place})

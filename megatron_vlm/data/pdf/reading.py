@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from megatron_vlm.data.pdf.blocks import Block, blocks_of
 from megatron_vlm.data.pdf.chars import Word
 from megatron_vlm.data.pdf.frames import Box
 from megatron_vlm.data.pdf.layout import picture_item, regions, word_item
-from megatron_vlm.data.pdf.paragraphs import Block, blocks
 
 Piece: TypeAlias = Block | int
 """A block of text, or the number of a picture."""
@@ -35,7 +35,7 @@ def reading_order(words: Sequence[Word], pictures: Sequence[Box]) -> list[Piece]
     items += [picture_item(number, box) for number, box in enumerate(pictures)]
     pieces: list[Piece] = []
     for region in regions(items):
-        found = blocks([item.word for item in region if item.word is not None])
+        found = blocks_of([item.word for item in region if item.word is not None])
         shown = [item for item in region if item.picture is not None]
         for item in sorted(shown, key=lambda item: item.top):
             place = sum(block.lines[0].baseline <= item.top for block in found)

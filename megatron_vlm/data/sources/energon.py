@@ -202,7 +202,7 @@ def _best_answer(fields: _Fields) -> str:
         or not all(isinstance(w, int | float) for w in weights)
     ):
         raise DataError(f"answer_weights: expected {len(answers)} numbers, as many as answers")
-    return str(answers[max(range(len(answers)), key=lambda i: (weights[i], -i))])
+    return str(answers[max(range(len(answers)), key=weights.__getitem__)])
 
 
 def _is_texts(value: Any) -> bool:

@@ -188,8 +188,7 @@ def _with_media(entry: dict[str, Any], group: Group) -> dict[str, Any]:
         present = [e for e in group.members if medium_kind(e) == kind]
         named = listed_media(entry, kind)
         # Entries often keep the name that their only picture had before it was packed.
-        one_of_one = len(named) == len(present) == 1
-        if not named or (one_of_one and _member(group, named[0]) is None):
+        if not named or len(named) == len(present) == 1:
             named = present
         rest[f"{kind}s"] = named
     return rest

@@ -293,6 +293,14 @@ def test_deep_fields_do_not_break_the_reader(folder: Path) -> None:
     assert found[0] == "" and all("nested too deeply" in reason for reason in found[-4:])
 
 
+def test_any_form_may_run_out_of_stack(folder: Path) -> None:
+    def endless(value: Any) -> Any:
+        return endless(value)
+
+    source = records.RecordSource("document", [records.JsonList([1], True)], ["x.json"], endless)
+    assert reasons(source) == ["x.json entry 0: nested too deeply; flatten it"]
+
+
 def test_long_lines_are_refused_unread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
     path = write_lines(folder / "x.jsonl", [llava("q" * 2000, "a"), llava("q", "a")])

@@ -64,12 +64,59 @@ def test_links_and_folders_are_no_members(tmp_path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
             info = tarfile.TarInfo(f"special{kind!r}.txt")
-            info.type, info.linkname = kind, "elsewhere"
+            # Some programs write the size of what a link leads to.
+            info.type, info.linkname, info.size = kind, "elsewhere", 700
             tar.addfile(info)
         info = tarfile.TarInfo("file.txt")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
     assert [m.name for m in tar_members(path)] == ["file.txt"]
+
+
+def with_checksum(header: bytearray) -> bytes:
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def test_times_of_gnu_are_no_prefix(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("a.txt").tobuf(tarfile.GNU_FORMAT))
+    header[345:357] = b"12345670123\0"
+    path = tmp_path / "t.tar"
+    path.write_bytes(with_checksum(header) + bytes(1024))
+    # Python's library takes them for a prefix.
+    assert list(tar_members(path)) == [Member("a.txt", 512, 0)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"99 path=abc\n",
+        b"12 path=abc",
+        b"path=abc\n",
+        b"12 pathabcd\n",
+        b"0 \n",
+        b"13 size=-1000\n",
+    ],
+)
+def test_pax_headers_that_make_no_sense(tmp_path: Path, content: bytes) -> None:
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = b"x", len(content)
+    path = tmp_path / "t.tar"
+    path.write_bytes(
+        info.tobuf() + content.ljust(512, b"\0") + tarfile.TarInfo("a.txt").tobuf() + bytes(1024)
+    )
+    found, error = found_before_error(path)
+    assert found == [] and "a pax header" in error
+
+
+def test_signed_checksum(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("\u00fc.txt").tobuf(tarfile.GNU_FORMAT))
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(b - 256 * (b > 127) for b in header)
+    path = tmp_path / "t.tar"
+    path.write_bytes(header + bytes(1024))
+    assert [m.name for m in tar_members(path)] == ["\u00fc.txt"]
 
 
 def test_large_size_in_base_256(tmp_path: Path) -> None:
@@ -180,6 +227,19 @@ def test_a_group_before_damage_may_lack_members_and_is_not_given(tmp_path: Path)
         for group in tar_groups(path):
             keys.append(group.key)
     assert keys == ["1"]
+
+
+@pytest.mark.parametrize(("last", "expected"), [("2.txt", ["1"]), ("3.txt", ["1", "2"])])
+def test_a_group_is_whole_once_the_next_has_begun(
+    tmp_path: Path, last: str, expected: list[str]
+) -> None:
+    path = write_tar(tmp_path / "t.tar", [("1.jpg", b"x"), ("2.jpg", b"x"), (last, b"x" * 600)])
+    path.write_bytes(path.read_bytes()[: 5 * 512 + 1])
+    keys = []
+    with pytest.raises(DataError, match=f"'{last}' of 600 bytes is cut off"):
+        for group in tar_groups(path):
+            keys.append(group.key)
+    assert keys == expected
 
 
 def test_mutated_tars_never_crash(tmp_path: Path) -> None:
