@@ -64,7 +64,12 @@ class Reader:
             "max_pixels": str(MAX_FRAME_PIXELS),
             "threads": "1",
         }
-        self._container = av.open(BytesIO(encoded), "r", options=options)
+        self._container = av.open(
+            BytesIO(encoded),
+            "r",
+            options=options,
+            metadata_errors="replace",  # titles in other encodings
+        )
         try:
             self._kind = self._container.format.name.split(",")[0]
             _check_complete(encoded, self._kind)
@@ -159,12 +164,17 @@ class Reader:
 
 @contextmanager
 def faults() -> Iterator[None]:
-    """Whatever PyAV raises as one DataError, but for want of memory."""
+    """Whatever PyAV raises as one DataError, but for want of memory.
+
+    Ffmpeg's own want of memory is the file's: it comes of sizes in damaged headers.
+    """
     try:
         yield
-    except (DataError, MemoryError):
+    except DataError:
         raise
     except Exception as error:
+        if type(error) is MemoryError:
+            raise
         detail = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(
             f"video cannot be decoded ({detail}): it is damaged or of no known kind "

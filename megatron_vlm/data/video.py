@@ -121,15 +121,18 @@ def decode_frames(encoded: bytes, pts: Sequence[int]) -> Iterator[NDArray[np.uin
 
 def _decode_frames(encoded: bytes, pts: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
     found = 0
-    with faults(), Reader(encoded) as reader:
-        for frame in _visit(reader, pts, reader.keyframes()):
-            if frame is None:
-                break
-            yield _upright(frame)
-            found += 1
+    try:
+        with faults(), Reader(encoded) as reader:
+            for frame in _visit(reader, pts, reader.keyframes()):
+                if frame is None:
+                    break
+                yield _upright(frame)
+                found += 1
+    except DataError:
+        pass
     if found == len(pts):
         return
-    # After a jump, decoders may leave out frames that need what was jumped over.
+    # After a jump, decoders may leave out frames that need what was jumped over, or stumble.
     with faults(), Reader(encoded) as reader:
         for target, frame in zip(pts[found:], _visit(reader, pts[found:], []), strict=True):
             if frame is None:

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
+import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from megatron_vlm.data import containers
 from megatron_vlm.data.containers import Reader
@@ -179,6 +182,13 @@ def test_frames_left_out_after_a_jump_are_found_without_one(
         np.testing.assert_array_equal(image, frames[one])
     assert len(decodes) == 2
 
+    def stumbles(self: Reader, keyframe: int) -> Iterator[Any]:
+        raise av.error.InvalidDataError(1, "Invalid data")
+
+    monkeypatch.setattr(Reader, "frames_from", stumbles)
+    for one, image in zip(wanted, decode_frames(data, wanted), strict=True):
+        np.testing.assert_array_equal(image, frames[one])
+
 
 def test_frames_that_are_not_there() -> None:
     data = of_kind("h264")
@@ -256,6 +266,19 @@ def test_what_is_no_video() -> None:
     assert len(sample_video(with_sound, 1.0, 81920).pts) == 3
 
 
+def test_a_song_s_cover_is_no_video() -> None:
+    data = video("mp4", "mjpeg", frames=1, audio=True, cover=True)
+    with av.open(BytesIO(data)) as container:
+        assert container.streams.video[0].disposition & Disposition.attached_pic
+    refused(data, "has no video")
+
+
+def test_one_thread_a_video() -> None:
+    with Reader(of_kind("h264")) as reader:
+        assert next(iter(reader.frames())).width == 64
+        assert reader._stream.codec_context.thread_count == 1
+
+
 def test_times_that_run_backwards() -> None:
     part = video("mpegts", frames=30)
     refused(part + part, "run backwards")
@@ -265,6 +288,13 @@ def test_a_size_that_changes() -> None:
     first = video("mpegts", frames=30)
     second = video("mpegts", frames=30, size=(96, 64), pts=range(50, 80))
     refused(first + second, "changes its size from 64x48 to 64x96")
+
+
+def test_titles_in_any_encoding() -> None:
+    data = video(frames=20, options={"movflags": "use_metadata_tags"}, title="12345678")
+    other = data.replace(b"12345678", b"\xfc\xe4\xf6\xff1234")
+    assert other != data
+    assert sample_video(other, 1.0, 81920) == sample_video(data, 1.0, 81920)
 
 
 def test_headers_that_lie() -> None:
@@ -284,6 +314,25 @@ def test_headers_that_lie() -> None:
         start = data.index(b"strh") + 8 + 32
         lying[start : start + 4] = count.to_bytes(4, "little")
         assert sample_video(bytes(lying), 1.0, 81920) == expected
+
+
+def test_of_frames_of_one_time_the_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = Reader.frames
+
+    def doubled(self: Reader) -> Iterator[Any]:
+        for number, frame in enumerate(frames(self)):
+            if number in (11, 12, 31):
+                frame.pts = 1024 * (number - number % 10)
+            yield frame
+
+    data = of_kind("h264")
+    expected = sample_video(data, 1.0, 81920)
+    monkeypatch.setattr(Reader, "frames", doubled)
+    sample = sample_video(data, 1.0, 81920)
+    assert sample == expected
+    images = list(decode_frames(data, [10240, 30720]))
+    for one, image in zip((10240, 30720), images, strict=True):
+        np.testing.assert_array_equal(image, decoded(data)[one])
 
 
 def test_a_frame_a_year_later() -> None:
@@ -354,6 +403,13 @@ def test_want_of_memory_is_not_the_video_s_fault(monkeypatch: pytest.MonkeyPatch
     def fail(self: Reader) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(Reader, "frames", fail)
-    with pytest.raises(MemoryError):
-        sample_video(of_kind("h264"), 1.0, 81920)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "frames", fail)
+        with pytest.raises(MemoryError):
+            sample_video(of_kind("h264"), 1.0, 81920)
+
+    def absurd(self: Reader) -> Any:
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(Reader, "frames", absurd)
+    refused(of_kind("h264"), "Cannot allocate memory")
