@@ -76,11 +76,11 @@ def train_case(config: RunConfig, world_size: int = 1, **options: Any) -> Outcom
 def _train(world: World, config: RunConfig) -> dict[str, Any]:
     # Here and not at the top: these import the engine, which must stay out of test collection.
     from megatron_vlm.engine.routers import routers
-    from megatron_vlm.training.datasets import open_held_out_sets, open_training_set
+    from megatron_vlm.training.datasets import open_held_out_data, open_training_data
     from megatron_vlm.training.loop import Run
 
     layout = resolve_layout(config, world.world_size)
-    training_set, held_out = open_training_set(config), open_held_out_sets(config)
+    training_set, held_out = open_training_data(config), open_held_out_data(config)
     topology = build_topology(layout, start_distributed(world))
     seen: list[dict[str, Any]] = []
     routing: list[dict[int, list[float]]] = []
@@ -106,12 +106,21 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     for router in routers(run.step.model.chunks):
         router.register_forward_hook(watch)
 
+    loaders: list[Any] = []
+    opened = run._loader
+
+    def loader() -> Any:
+        loaders.append(opened())
+        return loaders[-1]
+
+    run._loader = loader  # type: ignore[method-assign]
+
     run.run(on_step=observe)
     run.trainable.gather_parameters()
     parts = local_parts(run.step.model.sharded_state_dict())
     extra = {
-        "bytes_read": run.data.reader.bytes_read,
-        "pictures_decoded": run.data.reader.pictures_decoded,
+        "bytes_read": sum(reader.bytes_read for reader in run.data.readers),
+        "pictures_decoded": sum(loader.pictures_decoded for loader in loaders),
     }
     dist.barrier()
     destroy_topology()

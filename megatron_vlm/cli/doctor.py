@@ -46,6 +46,7 @@ PACKAGES = (
     "rich",
     "simplejpeg",
     "packaging",
+    "jinja2",
 )
 """The ordinary Python dependencies, shown as one part."""
 

@@ -104,6 +104,8 @@ class Tokenizer:
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.special_ids = SpecialIds.from_names(vocabulary)
+        # Asked for once a turn.
+        self._special = {**asdict(self.special_ids), **self.special_ids.by_token()}
         added = backend.get_added_tokens_decoder()
         self._added = frozenset(added)
         # Never added here, for ids of tokenizers already in use must not change.
@@ -169,8 +171,7 @@ class Tokenizer:
         Raises:
             KeyError: no such special token.
         """
-        ids = {**asdict(self.special_ids), **self.special_ids.by_token()}
-        return int(ids[name])
+        return self._special[name]
 
     def with_knots(self) -> Tokenizer:
         """This tokenizer with the special tokens of `KNOT_TOKENS`, after all its ids.

@@ -40,7 +40,7 @@ def agree_on_failures(
         # the rank that met them.
         raise TaskFailed(
             f"{count} of a step's {len(failed)} samples cannot be read, more than "
-            f"data.max_failed_share {max_failed_share:g}; logs/rank_*.log names them: restore the "
+            f"data.max_failed_share {max_failed_share:g}; the ranks' logs name them: restore the "
             "data and start again, which goes on from the last checkpoint"
         )
     return loaded.without(failed, pad_id)

@@ -43,7 +43,8 @@ def test_examples_run_as_typed(name: str) -> None:
                 processes = (args.nodes or 1) * args.gpus_per_node
             if name != "config":
                 resolve_layout(config, getattr(args, "nproc", None) or processes)
-            assert name not in ("train", "launch") or config.data.train == "datasets/train"
+            paths = [source.path for source in config.data.train.values()]
+            assert name not in ("train", "launch") or paths == ["datasets/train"]
 
 
 def test_the_documented_processes_are_those_of_the_recipe() -> None:

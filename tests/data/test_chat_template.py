@@ -347,6 +347,7 @@ GROW = "{% set ns = namespace(s='\"a') %}{% for i in range(90) %}{% set ns.s = G
             )
         ),
         GROW.replace("{% set ns.s = GROWN %}", "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}"),
+        "{{ (range(30000)|join).join(range(60000)|map('string')) }}",
         "{{ 'a' * 10 ** 11 }}",
         "{{ 10 ** 10 ** 10 }}",
         "{{ '%99999999999d' % 1 }}",

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from megatron_vlm.data import containers
 from megatron_vlm.data.containers import Reader
@@ -262,6 +264,19 @@ def test_what_is_no_video() -> None:
     refused(video("matroska", "ffv1", frames=10), "has no video of a known codec")
     with_sound = video(frames=30, audio=True)
     assert len(sample_video(with_sound, 1.0, 81920).pts) == 3
+
+
+def test_a_song_s_cover_is_no_video() -> None:
+    data = video("mp4", "mjpeg", frames=1, audio=True, cover=True)
+    with av.open(BytesIO(data)) as container:
+        assert container.streams.video[0].disposition & Disposition.attached_pic
+    refused(data, "has no video")
+
+
+def test_one_thread_a_video() -> None:
+    with Reader(of_kind("h264")) as reader:
+        assert next(iter(reader.frames())).width == 64
+        assert reader._stream.codec_context.thread_count == 1
 
 
 def test_times_that_run_backwards() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 
 def drawn(number: int, height: int, width: int) -> np.ndarray:
@@ -34,6 +35,7 @@ def video(
     options: dict[str, str] | None = None,
     audio: bool = False,
     title: str = "",
+    cover: bool = False,
 ) -> bytes:
     """A video; `pts` counts in 1/fps seconds; without frames, sound alone."""
     height, width = size
@@ -44,8 +46,11 @@ def video(
             stream: Any = None
             if frames:
                 stream = container.add_stream(codec, rate=fps)
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.width, stream.height = width, height
+                stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
                 stream.codec_context.gop_size = gop
+                if cover:
+                    stream.disposition = Disposition.attached_pic
             if audio:
                 sound: Any = container.add_stream("aac", rate=8000)
                 silence = av.AudioFrame.from_ndarray(

@@ -23,11 +23,11 @@ STEP = 1e-7
 
 def _compare(world: World, config: RunConfig) -> dict[str, tuple[float, float]]:
     """Per parameter: norm of its gradient, and the slope of the loss along that gradient."""
-    from megatron_vlm.training.datasets import open_training_set
+    from megatron_vlm.training.datasets import open_training_data
     from megatron_vlm.training.loop import Run
 
     topology = build_topology(resolve_layout(config, 1), start_distributed(world))
-    run = Run(config, topology, open_training_set(config), {})
+    run = Run(config, topology, open_training_data(config), {})
     with run._loader() as loader:
         data = next(loader)
     run.step.train(data)

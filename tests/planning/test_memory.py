@@ -36,11 +36,11 @@ QUICK = ("bf16_distributed", "freeze_language")
 def _held(world: World, config: RunConfig) -> dict[str, int]:
     """Bytes of this rank after one step."""
     from megatron_vlm.topology.mesh import build_topology
-    from megatron_vlm.training.datasets import open_training_set
+    from megatron_vlm.training.datasets import open_training_data
     from megatron_vlm.training.loop import Run
 
     layout = resolve_layout(config, world.world_size)
-    data = open_training_set(config)
+    data = open_training_data(config)
     run = Run(config, build_topology(layout, start_distributed(world)), data, held_out={})
     run.run()
     trainable = run.trainable

@@ -50,11 +50,11 @@ QUICK = ("pp3_uneven", "pp2_vpp2")
 def _observe(world: World, config: RunConfig) -> list[tuple[int, int]]:
     """(chunk, +1) as each forward pass ends, (chunk, -1) as each backward pass begins."""
     from megatron_vlm.topology.mesh import build_topology
-    from megatron_vlm.training.datasets import open_training_set
+    from megatron_vlm.training.datasets import open_training_data
     from megatron_vlm.training.loop import Run
 
     layout = resolve_layout(config, world.world_size)
-    data = open_training_set(config)
+    data = open_training_data(config)
     run = Run(config, build_topology(layout, start_distributed(world)), data, held_out={})
     seen: list[tuple[int, int]] = []
 

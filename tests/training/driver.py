@@ -24,11 +24,11 @@ def with_run(config: RunConfig, use: Callable[[Run], Any], world_size: int = 1) 
 def _on_rank(world: World, config: RunConfig, use: Callable[[Run], Any]) -> Any:
     # Here and not at the top: these import the engine, which must stay out of test collection.
     from megatron_vlm.topology.mesh import build_topology, destroy_topology
-    from megatron_vlm.training.datasets import open_held_out_sets, open_training_set
+    from megatron_vlm.training.datasets import open_held_out_data, open_training_data
     from megatron_vlm.training.loop import Run
 
     layout = resolve_layout(config, world.world_size)
-    training_set, held_out = open_training_set(config), open_held_out_sets(config)
+    training_set, held_out = open_training_data(config), open_held_out_data(config)
     topology = build_topology(layout, start_distributed(world))
     result = use(Run(config, topology, training_set, held_out))
     dist.barrier()

@@ -26,6 +26,8 @@ _WIDER = 1.25
 _WRAPPED = 0.25
 """Share of the lines with another below them that must be soft: where few are, as in a poem, those
 are the longest and happen to look so."""
+_LONG = 0.75
+"""Share of the column's width from which on a line whose sentence goes on is soft in any case."""
 _CELL_GAP = 1.5
 """White inside a line from which on it is the row of a table, in font sizes."""
 _INDENT = (0.8, 5.0)
@@ -131,7 +133,12 @@ def _is_soft(before: Line, line: Line, left: float, right: float) -> bool:
     if first.text and is_wide(first.text[0]):
         # Such scripts break between any two characters.
         return first.size > room
-    return first.box.width + 0.25 * first.size > room
+    if first.box.width + 0.25 * first.size > room:
+        return True
+    # A single line that sticks out of its column must not make breaks of all others.
+    last = before.words[-1].text
+    goes_on = first.text[:1].islower() and (last[-1:].isalpha() or last.endswith(","))
+    return goes_on and before.box.width > _LONG * (right - left)
 
 
 def _has_cells(line: Line) -> bool:

@@ -74,9 +74,7 @@ def interleaved_documents(
             drafts.append(Draft(parts, media, json.dumps(entry).encode()))
     if not drafts:
         if any("items" in answer.header and answer.header["items"] for answer in answers):
-            raise DataError(
-                f"{name}: has pictures but no text to learn (a scan); recognise it first"
-            )
+            raise DataError(f"{name}: pictures without text to learn (a scan); recognise it first")
         raise nothing_left(name, pages, reasons)
     return drafts
 

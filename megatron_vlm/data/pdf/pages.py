@@ -57,9 +57,8 @@ def _not_opened(error: Any) -> str:
     reasons = {
         pdfium.FPDF_ERR_PASSWORD: "PDF needs a password; store it without one",
         pdfium.FPDF_ERR_SECURITY: "PDF is encrypted in a way that cannot be read",
-        pdfium.FPDF_ERR_FORMAT: "not a PDF, or damaged",
     }
-    return reasons.get(error.err_code, f"PDF cannot be opened ({error})")
+    return reasons.get(error.err_code, "not a PDF, or damaged")
 
 
 def _read_page(document: Any, read: _Read, settings: PdfSettings, draw: tuple[str, int]) -> Message:

@@ -86,7 +86,7 @@ def conversation_drafts(
     content.add_listed(entry)
     sessions = _sessions(entry, content)
     beside = entry_json(entry if kept is None else kept)
-    return [content.draft(sessions, options, beside, entry.get("objects"))]
+    return [content.draft(sessions, options, beside, objects_of(entry))]
 
 
 @dataclass(slots=True)
@@ -157,7 +157,7 @@ class Content:
         sessions: Sequence[Sequence[Turn]],
         options: SourceOptions,
         beside: bytes,
-        objects: Any = None,
+        objects: Sequence[Any] | None = None,
     ) -> Draft:
         """The sample, once all turns are read.
 
@@ -165,7 +165,7 @@ class Content:
             sessions: the turns.
             options: `fps`, `thinking`.
             beside: kept beside it.
-            objects: what grounding marks refer to, as the entry has it; null: nothing.
+            objects: what grounding marks refer to; null: there are none.
 
         Raises:
             DataError: what is read does not make a sample.
@@ -173,8 +173,6 @@ class Content:
         for kind in _EACH_KIND:
             while self.listed[kind]:
                 self._take(kind)
-        if objects is not None and not isinstance(objects, list):
-            raise DataError(f"objects: is {type(objects).__name__}; expected a list")
         if len(self.fps) > 1:
             raise DataError("fps: several values; expected one for all videos of a sample")
         parts = session_parts(
@@ -235,6 +233,18 @@ def listed_media(entry: dict[str, Any], kind: MediumKind) -> list[Any]:
     if not all(isinstance(name, str | dict) and name for name in names):
         raise DataError(f"{given[0]}: expected a path or a list of paths")
     return names
+
+
+def objects_of(entry: dict[str, Any]) -> list[Any] | None:
+    """What grounding marks of an entry refer to; null if it lists nothing.
+
+    Raises:
+        DataError: not a list.
+    """
+    objects = entry.get("objects")
+    if objects is not None and not isinstance(objects, list):
+        raise DataError(f"objects: is {type(objects).__name__}; expected a list")
+    return objects
 
 
 def _sessions(entry: dict[str, Any], content: Content) -> list[list[Turn]]:

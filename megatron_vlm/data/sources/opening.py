@@ -17,6 +17,7 @@ from megatron_vlm.data.sources.options import SourceOptions
 from megatron_vlm.data.sources.plain_text import open_text, open_text_lines
 from megatron_vlm.data.sources.preference import open_preferences
 from megatron_vlm.data.sources.records import RECORD_EXTENSIONS, open_records
+from megatron_vlm.data.sources.trajectories import open_trajectories
 from megatron_vlm.data.sources.webdataset import open_webdataset
 from megatron_vlm.errors import DataError
 
@@ -93,7 +94,7 @@ def _choose_folder(path: Path, options: SourceOptions) -> Choice:
         return Choice("energon", f"it holds {META_FOLDER}")
     found = {_EXTENSIONS[e]: e for e in _extensions(path) if e in _EXTENSIONS}
     # Tools that write tars and token files leave records of their own beside them.
-    several = [form for form in ("webdataset", "megatron") if form in found] or sorted(found)
+    several = [form for form in _BESIDE_OTHERS if form in found] or sorted(found)
     if len(several) != 1 and several[:1] != ["webdataset"]:
         what = f"files of several forms ({', '.join(several)})" if several else "no known files"
         raise DataError(f"{path}: holds {what}; say which with --form {' or '.join(FORMS)}")
@@ -171,6 +172,7 @@ def _open_pdf(path: Path, options: SourceOptions) -> Source:
 
 FORMS: dict[str, Form] = {
     "conversations": Form(open_conversations, "LLaVA `conversations`, `messages` or `sessions`"),
+    "trajectories": Form(open_trajectories, "`instruction` and `steps` of pictures and actions"),
     "interleaved": Form(open_interleaved, "OBELICS or MINT: `images` and `texts`, aligned"),
     "webdataset": Form(open_webdataset, "tars whose members form samples by their names"),
     "energon": Form(open_energon, "a folder that Megatron-Energon prepared"),
@@ -186,11 +188,14 @@ _EXTENSIONS = {
     **{".tar": "webdataset", ".idx": "megatron", ".bin": "megatron", ".txt": "text", ".pdf": "pdf"},
 }
 
+_BESIDE_OTHERS: tuple[str, ...] = ("webdataset", "megatron")
+
 _TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("preference", ("chosen", "rejected")),
     ("conversations", ("conversations",)),
     ("conversations", ("messages",)),
     ("conversations", ("sessions",)),
+    ("trajectories", ("instruction", "steps")),
     ("interleaved", ("images", "texts")),
 )
 """Fields that tell a form, the most telling first."""

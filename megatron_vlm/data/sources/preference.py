@@ -13,7 +13,12 @@ from typing import Any
 
 from megatron_vlm.data.chat import Turn
 from megatron_vlm.data.draft import Draft
-from megatron_vlm.data.sources.conversations import Content, media_root, turns_of
+from megatron_vlm.data.sources.conversations import (
+    Content,
+    media_root,
+    objects_of,
+    turns_of,
+)
 from megatron_vlm.data.sources.media import FindMedium, MediaFolder, entry_json
 from megatron_vlm.data.sources.options import SourceOptions
 from megatron_vlm.data.sources.records import RecordSource, open_records
@@ -66,7 +71,7 @@ def preference_drafts(entry: Any, find: FindMedium, options: SourceOptions) -> S
         answered = turns_of(answers[side], side, content)
         turns: list[Turn] = [*(turn._replace(learned=False) for turn in asked), *answered]
         kept = {key: value for key, value in entry.items() if key != other}
-        drafts.append(content.draft([turns], options, entry_json(kept), entry.get("objects")))
+        drafts.append(content.draft([turns], options, entry_json(kept), objects_of(entry)))
     return drafts
 
 

@@ -129,9 +129,9 @@ class _Walk:
             return None
         stored = self._number(block[148:156], "checksum")
         blanked = block[:148] + b" " * 8 + block[156:]
+        unsigned = sum(blanked)
         # Some old programs summed signed bytes.
-        signed = sum(blanked) - 256 * sum(byte > 127 for byte in blanked)
-        if stored not in (sum(blanked), signed):
+        if stored != unsigned and stored != unsigned - 256 * sum(b > 127 for b in blanked):
             raise self._damage("a header with a wrong checksum")
         self._at += _BLOCK
         return block

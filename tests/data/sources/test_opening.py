@@ -65,6 +65,10 @@ MAKERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         "interleaved",
         lambda d: write_lines(d / "x.jsonl", [{"images": [None], "texts": ["a"]}]),
     ),
+    "trajectories": (
+        "trajectories",
+        lambda d: write_lines(d / "x.jsonl", [{"instruction": "a", "steps": [], "text": "b"}]),
+    ),
     "text lines": ("text", lambda d: write_lines(d / "x.jsonl", [{"text": "a", "meta": 1}])),
     "text": ("text", lambda d: text(d / "x.txt")),
     "tar": ("webdataset", lambda d: write_tar(d / "x.tar", [("a.jpg", b""), ("a.txt", b"x")])),
@@ -126,7 +130,7 @@ def test_field_of_text(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda d: d / "no", "no: does not exist"),
-        (lambda d: d, "holds no known files; say which with --form conversations or inter"),
+        (lambda d: d, "holds no known files; say which with --form conversations or traj"),
         (lambda d: text(d / "x.docx"), "a file .docx is of no known form; say which"),
         (lambda d: text(d / "x"), "a file without an extension is of no known form"),
         (lambda d: write_lines(d / "x.jsonl", [{"a": 1}, 3]), "none of its first 2 entries is of"),
@@ -140,7 +144,7 @@ def test_what_cannot_be_told(tmp_path: Path, make: Callable[[Path], Path], messa
 
 
 def test_no_such_form(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="form 'x': expected auto or one of conversations, inter"):
+    with pytest.raises(DataError, match="form 'x': expected auto or one of conversations, traj"):
         open_source(text(tmp_path / "x.txt"), "x")
     assert all(form.help for form in FORMS.values())
 
