@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from megatron_vlm.cli import data_stats
+from megatron_vlm.cli import data_show, data_stats
 from megatron_vlm.data.format import DEFAULT_SHARD_MB, DEFAULT_VIDEO_FPS, DEFAULT_VIDEO_TOKENS
 from megatron_vlm.errors import ConfigError
 
@@ -23,6 +23,7 @@ HELP = """Build data sets from conversations, documents, tars, text or preferenc
 example:
   mvlm data build conversations.json datasets/train
   mvlm data stats demo data.train=datasets/train
+  mvlm data show demo data.train=datasets/train --rows 2 --out rows.html
 """
 
 _BUILD_HELP = "turn a source into a data set: tars, an index, a tokenizer"
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="threads that read and decode (default: one per core it may use)",
     )
     build.set_defaults(run_data=_build)
-    for name, module in (("stats", data_stats),):
+    for name, module in (("stats", data_stats), ("show", data_show)):
         module.add_arguments(
             commands.add_parser(
                 name,

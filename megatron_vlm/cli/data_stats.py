@@ -154,8 +154,8 @@ def _print(report: _Report) -> None:
         for s in report.sources
     ])  # fmt: skip
     if any(source.pictures for source in report.sources):
-        _table(console, "its pictures", ("source", "pictures", "frames of", "videos",
-               "tokens of each: mean", "most"), [_pictures(source) for source in report.sources])  # fmt: skip
+        columns = ("source", "pictures", "frames of", "videos", "tokens of each: mean", "most")
+        _table(console, "its pictures", columns, [_pictures(source) for source in report.sources])
     long_samples = config.data.long_samples
     _table(console, "what is not in it", ("source", "rejected by the build",
            f"longer than a row ({config.training.seq_length:,})", "left out"), [
