@@ -1,4 +1,4 @@
-"""Text of data where it is shown: what cannot be seen, or could do something, gets a sign.
+"""Text of data where it is shown: what cannot be seen, or could do something, is named.
 
 Control characters, marks that turn the direction of writing, and characters without a shape are
 what one looks for in data, and what could drive a reader's page.
@@ -14,14 +14,12 @@ _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 unassigned ones, separators of lines and paragraphs."""
 
 _PLAIN = re.compile(r"[ -~\xa1-\xac\xae-\u0377]*")
-_DELETE = 0x7F
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text with a sign for every character that has no shape.
+    """The text with the code point, as `[U+202E]`, of every character that has no shape.
 
-    C0 controls become Unicode's control pictures (a line break: U+240A), all others their code
-    point, as `[U+202E]`. An unpaired surrogate, which no file could hold, does too.
+    Unpaired surrogates, which no file could hold, are among them.
 
     Args:
         text: any.
@@ -29,13 +27,7 @@ def visible(text: str, keep: str = "") -> str:
     """
     if _PLAIN.fullmatch(text):
         return text
-    return "".join(c if c in keep else _sign(c) for c in text)
-
-
-def _sign(character: str) -> str:
-    if unicodedata.category(character) not in _UNSEEN:
-        return character
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == _DELETE else f"[U+{code:04X}]"
+    return "".join(
+        f"[U+{ord(c):04X}]" if unicodedata.category(c) in _UNSEEN and c not in keep else c
+        for c in text
+    )

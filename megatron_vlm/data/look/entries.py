@@ -32,7 +32,7 @@ def read_entry(index: DatasetIndex, sample: int) -> bytes | None:
                 start = max(0, end - reach)
                 shard.seek(start)
                 found = _last_member(shard.read(end - start), f"{key}.json")
-                if found is not None or not start or reach > _MOST_BYTES:
+                if found is not None or not start or reach >= _MOST_BYTES:
                     return found
                 reach *= 8
     except OSError:

@@ -245,6 +245,8 @@ def _spans(
     end = place.start + length
 
     def write(first: int, stop: int) -> None:
+        if first == stop:
+            return
         changes = np.flatnonzero(learned[first + 1 : stop] != learned[first : stop - 1]) + 1
         bounds = {*changes.tolist(), *(at - first for at in breaks)}
         for found in spell(tokenizer, tokens[first:stop].tolist(), bounds):

@@ -168,8 +168,10 @@ def _line(row: RowView, line: Line, quality: int | None) -> str:
     ids = _ids(row.tokens[line.first : line.first + tokens])
     position = int(row.positions[line.first])
     shown = "".join(_span(span, quality) for span in line.spans)
+    kind = "line shot" if line.is_frame else "line"
     return (
-        f'<div class="line" data-first="{line.first}" data-position="{position}" data-ids="{ids}">'
+        f'<div class="{kind}" data-first="{line.first}" data-position="{position}" '
+        f'data-ids="{ids}">'
         f'<span class="at">{position}</span><div class="text">{shown}</div></div>'
     )
 
@@ -190,7 +192,7 @@ def _token_text(text: str) -> str:
     """A line break is shown, and breaks the line."""
     if not text:
         return "<u>[nothing]</u>"
-    return "<u>\u240a</u>\n".join(safe(part, "\t") for part in text.split("\n"))
+    return "<u>\u21b5</u>\n".join(safe(part, "\t") for part in text.split("\n"))
 
 
 def _ids(ids: NDArray[np.int64]) -> str:

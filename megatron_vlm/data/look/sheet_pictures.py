@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_vlm.data.look.markup import counted, listed
+from megatron_vlm.data.look.markup import counted, safe
 from megatron_vlm.data.look.painting import data_uri
 from megatron_vlm.data.look.row_view import ShownPicture
 
@@ -44,13 +44,14 @@ def picture_figure(picture: ShownPicture, tokens: int, quality: int | None) -> s
     columns, rows = picture.grid_w // merge, picture.grid_h // merge
     grid = "".join(f"M{x} 0V{rows}" for x in range(1, columns))
     grid += "".join(f"M0 {y}H{columns}" for y in range(1, rows))
+    facts = "".join(f"<span>{safe(fact)}</span>" for fact in told)
     return (
         f'<span class="{" ".join(classes)}" data-n="{tokens}" data-kind="{name}">'
         f'<button type="button" class="view" aria-pressed="false" aria-label="{name}, larger">'
         f'<img src="{data_uri(picture.pixels, quality)}" width="{width}" height="{height}" '
         f'alt="{name}"><svg class="patches" viewBox="0 0 {columns} {rows}" '
         f'preserveAspectRatio="none" aria-hidden="true"><path d="{grid}"/></svg>{_marks(picture)}'
-        f'</button><span class="cap">{listed(told)}</span></span>'
+        f'</button><span class="cap">{facts}</span></span>'
     )
 
 
