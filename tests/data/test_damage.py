@@ -179,9 +179,9 @@ def test_damaged_files_are_named_and_nothing_else(tmp_path: Path, count: int) ->
     assert all(line["reason"] for line in rejected)
     assert count * 0.4 < len(rejected) < count * 0.97
     by_entry = {line["entry"]: line["reason"] for line in rejected}
-    for bomb in range(3):
+    for bomb in range(2):
         assert "pixels" in by_entry[bomb]
-    assert 3 in by_entry and 4 in by_entry
+    assert {2, 3, 4} <= set(by_entry)
     # Then the shards themselves were damaged, in the middle of pictures and texts.
     assert found["good"] == found["samples"]
     assert found["damaged"] > 0
