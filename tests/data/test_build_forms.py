@@ -176,6 +176,8 @@ def test_several_samples_of_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (found["000000000.1.png"], found["000000000.0.png"]) == (blue, red)
     np.testing.assert_array_equal(index.columns.sample_draft, [0, 2])
     np.testing.assert_array_equal(index.columns.picture_position, [0, 4, 5, 6, 7, 8])
+    offsets = index.columns.picture_offset.tolist()
+    assert offsets[2] == offsets[0] < offsets[1] < offsets[3] < offsets[4] == offsets[5]
     np.testing.assert_array_equal(index.columns.picture_pts, [STILL] * 6)
     np.testing.assert_array_equal(index.columns.picture_max_tokens, [0] * 6)
     with SampleReader(index) as reader:
