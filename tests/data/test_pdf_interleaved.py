@@ -25,6 +25,7 @@ from tests.data.pdf_files import (
     prose,
     render,
     text_width,
+    wrap,
 )
 
 pytestmark = pytest.mark.unit
@@ -226,6 +227,26 @@ def test_the_hyphen_of_a_compound_stays_where_the_page_shows_it() -> None:
         "A well-known harbour was seen from the river, and the people there were quiet and bright "
         "and well-known for that, which nobody had ever been in Baden, nor in the North-\nEast."
     )
+
+
+def test_text_painted_twice_is_read_once() -> None:
+    page = Page()
+    page.paragraph(40, 470, prose(1, 40))
+    page.paragraph(40.4, 469.8, prose(1, 40))
+    assert text(pdf(page)) == prose(1, 40)
+
+
+def test_an_initial_of_three_lines_and_indices() -> None:
+    page = Page()
+    page.text(40, 376, "T", "Times-Roman", 46)
+    lines = wrap("his is " + prose(1, 40), "Courier", 10, 270)
+    for number, line in enumerate(lines):
+        page.text(40 if number > 2 else 70, 400 - 12 * number, line)
+    page.text(40, 200, "The area is 12 m", "Times-Roman", 10)
+    page.text(40 + text_width("The area is 12 m", "Times-Roman", 10), 204, "2", "Times-Roman", 6)
+    found = text(pdf(page))
+    assert [line in found.replace("\n", " ") for line in lines] == [True] * len(lines)
+    assert "The area is 12 m2" in found
 
 
 def test_pictures_stand_where_they_are_read() -> None:

@@ -125,16 +125,15 @@ class _Proof:
         found: NDArray[np.bool_] = changed[..., 0] | changed[..., 1] | changed[..., 2]
         return found
 
-    def unread(self, objects: Iterable[int], read: Iterable[int], cover: Pixels) -> set[int]:
+    def unread(self, read: frozenset[int], cover: Pixels) -> set[int]:
         """Text objects inside a cover whose characters the library does not give.
 
         It gives letters that are painted twice (for bold) once.
         """
-        known = {*read, *objects}
         return {
             key
             for key, bounds in self.bounds.items()
-            if key not in known and _union(bounds, cover) == cover
+            if key not in read and _union(bounds, cover) == cover
         }
 
     def _render(self) -> NDArray[np.uint8]:
@@ -190,14 +189,7 @@ def _lot(seed: int, key: str, page: int, block: int) -> bytes:
 def _candidates(
     proof: _Proof, text: PageText, blocks: Sequence[Block], settings: PdfSettings
 ) -> list[_Candidate]:
-    owners: dict[int, set[int]] = {}
-    number_of: dict[int, int] = {}
-    for number, block in enumerate(blocks):
-        for word in block.words:
-            number_of[word.place] = number
-    for word in text.words:
-        for key in word.objects:
-            owners.setdefault(key, set()).add(number_of.get(word.place, -1))
+    read = frozenset[int]().union(*(word.objects for word in text.words))
     found = []
     for number, block in enumerate(blocks):
         words = block.words
@@ -214,15 +206,13 @@ def _candidates(
             or any(word.unmapped for word in words)
             or sum(len(word.text) for word in words) < settings.min_block_chars
             or min(word.size for word in words) * proof.scale[1] < settings.min_text_pixels
-            # An object that also paints other text cannot be switched off by itself.
-            or any(owners[key] != {number} for key in objects)
         ):
             continue
         growth = math.ceil(_GROWTH * block.size * max(proof.scale))
         lines = [proof.pixels(line.box, 0) for line in block.lines]
         cover = proof.pixels(box, 1)
         limit = proof.pixels(box, 1 + growth)
-        objects |= proof.unread(objects, owners, cover)
+        objects |= proof.unread(read, cover)
         found.append(_Candidate(number, block, objects, lines, cover, limit))
     return found
 
