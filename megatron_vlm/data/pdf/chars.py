@@ -15,8 +15,8 @@ from megatron_vlm.data.pdf.frames import Box, Frame, apply, make_frame
 from megatron_vlm.data.pdf.objects import address
 from megatron_vlm.errors import DataError
 
-MAX_CHARACTERS = 100_000
-"""Most characters of a page; drawings that are made of letters have more."""
+MAX_CHARACTERS = 50_000
+"""Most characters of a page; a page of a newspaper has less than half as many."""
 
 _UPRIGHT = math.cos(math.radians(10))
 # What the library puts where a hyphen ends a line.
