@@ -249,6 +249,44 @@ def test_an_initial_of_three_lines_and_indices() -> None:
     assert "The area is 12 m2" in found
 
 
+def test_a_short_last_line_above_columns_belongs_to_its_paragraph() -> None:
+    page = Page(600, 800)
+    abstract = prose(7, 38)
+    y = page.paragraph(50, 700, abstract, width=480) - 14
+    assert len(wrap(abstract, "Courier", 10, 480)[-1]) < 38
+    columns = [prose(8, 60), prose(9, 60)]
+    for side, said in enumerate(columns):
+        page.paragraph(50 + 250 * side, y, said, width=230)
+    assert text(pdf(page)) == "\n\n".join([abstract, *columns])
+
+
+def test_an_indent_after_a_full_last_line_begins_a_paragraph() -> None:
+    page = Page()
+    first = [
+        "The meadow was quiet and the river was bright in",
+        "those days, and the lantern was seen by everyone",
+    ]
+    second = [
+        "The harbour was quiet too, and nobody had been",
+        "there before the evening, when the falcon came.",
+    ]
+    for number, line in enumerate([*first, *second]):
+        page.text(40 + (20 if number == 2 else 0), 400 - 12 * number, line)
+    assert text(pdf(page)) == f"{' '.join(first)}\n\n{' '.join(second)}"
+
+
+def test_a_sentence_goes_on_although_a_word_would_have_fitted() -> None:
+    page = Page()
+    lines = [
+        "The meadow was quiet and the river was seen from",
+        "the harbour, where the lantern was bright",
+    ]
+    lines += ["as it had been, and the falcon came to the castle", "in the evening."]
+    for number, line in enumerate(lines):
+        page.text(40, 400 - 12 * number, line)
+    assert text(pdf(page)) == " ".join(lines)
+
+
 def test_pictures_stand_where_they_are_read() -> None:
     first, second, third = noise(70, 90, 1), noise(80, 80, 2), noise(66, 100, 3)
     page = Page(600, 800)
