@@ -281,6 +281,25 @@ def test_ended_just_before_the_end(tmp_path: Path, shard_mb: int) -> None:
     assert snapshot(tmp_path / "set") == snapshot(tmp_path / "whole")
 
 
+def test_ended_once_the_set_was_in_place(tmp_path: Path) -> None:
+    source = write_source(tmp_path)
+    run(source, tmp_path / "whole")
+
+    def ended(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BuildState, "remove", ended)
+        run(source, tmp_path / "set")
+    left = snapshot(tmp_path / "set")
+    assert snapshot(tmp_path / "whole").items() < left.items()
+    with pytest.raises(DataError, match="add --overwrite"):
+        run(source, tmp_path / "set", shard_mb=12)
+    assert snapshot(tmp_path / "set") == left
+    assert entries_read(source, tmp_path / "set") == 0
+    assert snapshot(tmp_path / "set") == snapshot(tmp_path / "whole")
+
+
 def test_what_another_build_was_about_to_publish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
