@@ -112,7 +112,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]),
-    package_data={"megatron_vlm": ["py.typed", "release/hub/*.py", "release/hub/*.jinja"]},
+    package_data={
+        "megatron_vlm": [
+            "py.typed",
+            "data/look/sheet.*s",
+            "release/hub/*.py",
+            "release/hub/*.jinja",
+        ]
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mvlm=megatron_vlm.cli.main:main"]},

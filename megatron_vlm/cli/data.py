@@ -1,4 +1,4 @@
-"""`mvlm data`: builds data sets."""
+"""`mvlm data`: builds data sets, and shows what is in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from megatron_vlm.cli import data_show, data_stats
 from megatron_vlm.data.format import DEFAULT_SHARD_MB, DEFAULT_VIDEO_FPS, DEFAULT_VIDEO_TOKENS
 from megatron_vlm.errors import ConfigError
 
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from megatron_vlm.data.geometry import PictureRule
     from megatron_vlm.data.pdf.settings import PdfSettings
 
-HELP = """Build data sets from conversations, documents, tars, text or preferences.
+HELP = """Build data sets from conversations, documents, tars, text or preferences; look at them.
 
 example:
   mvlm data build conversations.json datasets/train
+  mvlm data stats demo data.train=datasets/train
+  mvlm data show demo data.train=datasets/train --rows 2 --out rows.html
 """
 
 _BUILD_HELP = "turn a source into a data set: tars, an index, a tokenizer"
@@ -69,6 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="threads that read and decode (default: one per core it may use)",
     )
     build.set_defaults(run_data=_build)
+    for name, module in (("stats", data_stats), ("show", data_show)):
+        module.add_arguments(
+            commands.add_parser(
+                name,
+                help=module.HELP,
+                description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
+                epilog=module.EXAMPLES,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -147,9 +147,16 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
     """Parse with options and positionals in any order where argparse can.
 
     Plain argparse refuses `RECIPE --option key=value`: it settles the overrides, a list of any
-    length, at the first positional. Its intermixed mode in turn refuses nested subcommands and
-    remainders.
+    length, at the first positional. Its intermixed mode in turn refuses nested subcommands, which
+    are therefore gone into here, and remainders.
     """
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and words[:1]:
+            nested = action.choices.get(words[0])
+            if nested is not None:
+                args = _parse(nested, words[1:])
+                setattr(args, action.dest, words[0])
+                return args
     if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in parser._actions):
         return parser.parse_args(words)
     return parser.parse_intermixed_args(words)

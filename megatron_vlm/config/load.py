@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,6 +31,7 @@ __all__ = [
     "find_recipes",
     "load_model",
     "load_recipe",
+    "load_values",
     "with_absolute_paths",
 ]
 
@@ -48,14 +49,27 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     the working directory. Raises ConfigError with one line for each mistake.
     """
     path = locate("recipe", recipe, Path())
-    layer = _read(path)
+    return _resolve(_read(path), path.parent, overrides)
+
+
+def load_values(values: Mapping[str, Any], label: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that plain values and overrides describe: a recipe that lies in no file.
+
+    Text in `values` is taken as it is; `label` is what errors call them. Raises ConfigError as
+    `load_recipe` does.
+    """
+    return _resolve(Layer(label, _escape_interpolations(dict(values))), Path(), overrides)
+
+
+def _resolve(layer: Layer, beside: Path, overrides: Sequence[str]) -> RunConfig:
+    """A recipe's own layer, whose model is looked for `beside` it, under its overrides."""
     changes = [_parse_override(text) for text in overrides]
     models = [change for key, change in changes if key == "model"]
     if models:
         model, folder, label = models[-1].values["model"], Path(), models[-1].label
         layer.values.pop("model", None)
     else:
-        model, folder, label = layer.values.pop("model", {}), path.parent, layer.label
+        model, folder, label = layer.values.pop("model", {}), beside, layer.label
     model_layers = [
         Layer(item.label, {"model": item.values}) for item in _model_layers(model, folder, label)
     ]

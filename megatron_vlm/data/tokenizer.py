@@ -165,6 +165,11 @@ class Tokenizer:
         """Id of a picture's placeholder, and of each language token it grows into."""
         return self.special_ids.image
 
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of all tokens that were added to the vocabulary, the special ones above all."""
+        return self._added
+
     def special(self, name: str) -> int:
         """Id of a special token, by its role (`user`) or its spelling (`<|user|>`).
 
