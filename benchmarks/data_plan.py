@@ -1,12 +1,14 @@
-"""How fast a data set of many samples is opened, and how much memory that takes.
+"""How fast a data set of many samples is opened and planned from, how full rows are, and how much
+memory that takes.
 
     python benchmarks/data_plan.py --json result.json
     python benchmarks/data_plan.py --samples 1e6 --folder /scratch --json result.json
 
 An index of synthetic samples, one picture each, is written beside shards that are holes of the
-right size. A process of its own then opens it, every check included, so that its peak of memory
-(VmHWM, mapped pages of files counted) is its own. The files were just written, so they lie in the
-page cache.
+right size; samples have 50 to 30,000 tokens, evenly over the logarithm. A process of its own, on
+one core, then opens it, every check included, sizes every sample for a model, and plans steps of
+shuffled rows of 32,768 tokens for 8 replicas and 64 ranks, so that its peak of memory (VmHWM,
+mapped pages of files counted) is its own. The files were just written: they are in the page cache.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_vlm.data.index import DatasetIndex
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,11 +36,15 @@ sys.path.insert(0, str(ROOT))
 PIECE = 1 << 20
 """Samples that are written at a time."""
 SAMPLES_A_SHARD = 4096
-TEXT_TOKENS = 200
-TOKENS_BYTES = 128 + 8 * TEXT_TOKENS
+SHORTEST, LONGEST = 50, 30_000
+"""Tokens of a sample, its picture included."""
 PICTURE_BYTES = 60_000
-SAMPLE_BYTES = 65_536
+SAMPLE_BYTES = 1 << 19
 """Bytes of a shard that a sample takes."""
+SEQ_LENGTH, PAD_MULTIPLE, PACKING_ROWS = 32_768, 16, 64
+BATCH, REPLICAS, RANKS = 64, 8, 64
+PLANNED = 200_000
+"""Samples that are planned at least."""
 
 
 def main() -> None:
@@ -54,6 +63,13 @@ def main() -> None:
         "open_seconds": [run["seconds"] for run in opened],
         "open_peak_bytes": max(run["peak_bytes"] for run in opened),
         "imports_peak_bytes": max(run["imports_peak_bytes"] for run in opened),
+        "sizing_seconds": [run["sizing_seconds"] for run in opened],
+        "planned_samples_per_second": [run["planned_samples_per_second"] for run in opened],
+        "planning_peak_bytes": max(run["planning_peak_bytes"] for run in opened),
+        "fill": opened[0]["fill"],
+        "seq_length": SEQ_LENGTH,
+        "pad_multiple": PAD_MULTIPLE,
+        "packing_rows": PACKING_ROWS,
         "data": "synthetic",
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("megatron-vlm", "numpy", "safetensors")},
@@ -94,20 +110,25 @@ def write_set(folder: Path, samples: int) -> None:
     def column(name: str, place: Any) -> Any:
         """Entries of a column at places of samples, which are those of the pictures too."""
         inside = place % SAMPLES_A_SHARD * SAMPLE_BYTES
+        # A fraction that has nothing to do with the place; the picture's share is taken off.
+        chance = place * 2_654_435_761 % (1 << 32) / (1 << 32)
+        tokens = (SHORTEST * (LONGEST / SHORTEST) ** chance).astype(np.int64)
+        edge = np.clip(np.sqrt(tokens // 2).astype(np.int64), 1, 64) * 28
+        text = np.maximum(tokens - (edge // 28) ** 2, 2)
         return {
             "sample_entry": place,
             "sample_picture_start": place,
             "sample_shard": place // SAMPLES_A_SHARD,
             "picture_shard": place // SAMPLES_A_SHARD,
             "sample_offset": inside,
-            "sample_size": np.full_like(place, TOKENS_BYTES),
-            "sample_text_tokens": np.full_like(place, TEXT_TOKENS),
-            "sample_loss_tokens": place % TEXT_TOKENS,
-            "picture_offset": inside + 4096,
+            "sample_size": 128 + 8 * text,
+            "sample_text_tokens": text,
+            "sample_loss_tokens": text // 2,
+            "picture_offset": inside + SAMPLE_BYTES // 2,
             "picture_size": np.full_like(place, PICTURE_BYTES),
-            "picture_height": 200 + place % 1800,
-            "picture_width": 200 + place * 7 % 1800,
-            "picture_position": place % TEXT_TOKENS,
+            "picture_height": edge,
+            "picture_width": edge,
+            "picture_position": place % 2,
             "picture_pts": np.full_like(place, names.STILL),
         }.get(name, np.zeros_like(place))
 
@@ -159,12 +180,51 @@ def open_once(folder: Path) -> dict[str, Any]:
 
     imports = peak_bytes()
     began = time.perf_counter()
-    open_dataset(folder)
-    seconds = time.perf_counter() - began
-    return {
-        "seconds": round(seconds, 3),
+    index = open_dataset(folder)
+    found = {
+        "seconds": round(time.perf_counter() - began, 3),
         "peak_bytes": peak_bytes(),
         "imports_peak_bytes": imports,
+    }
+    return found | plan_from(index)
+
+
+def plan_from(index: DatasetIndex) -> dict[str, Any]:
+    """Sizes every sample, then plans steps one after another."""
+    from megatron_vlm.config.load import load_model
+    from megatron_vlm.data.mixture import Phase
+    from megatron_vlm.data.plan import plan_step
+    from megatron_vlm.data.sample_set import SampleSet
+    from megatron_vlm.data.stream import RowStream, Source
+
+    vision = load_model("dots-vlm1").vision
+    began = time.perf_counter()
+    samples = SampleSet(index, SEQ_LENGTH, vision)
+    sizing = time.perf_counter() - began
+    stream = RowStream(
+        [Source("train", samples)],
+        [Phase(0, (1.0,))],
+        seq_length=SEQ_LENGTH,
+        pad_multiple=PAD_MULTIPLE,
+        packing_rows=PACKING_ROWS,
+        shuffle=True,
+        seed=1,
+    )
+    cursor, documents, tokens = stream.start(), 0, 0
+    began = time.perf_counter()
+    while documents < PLANNED:
+        planned = plan_step(stream, cursor, BATCH, 1, REPLICAS, RANKS)
+        if planned is None:
+            raise SystemExit("the data ended before enough samples were planned")
+        plan, cursor = planned
+        documents += plan.documents
+        tokens += plan.tokens
+    seconds = time.perf_counter() - began
+    return {
+        "sizing_seconds": round(sizing, 3),
+        "planned_samples_per_second": round(documents / seconds),
+        "planning_peak_bytes": peak_bytes(),
+        "fill": round(tokens / (cursor.rows * SEQ_LENGTH), 5),
     }
 
 

@@ -169,6 +169,11 @@ def _add_encoding(group: argparse._ArgumentGroup) -> None:
         help="a Hugging Face tokenizer.json (default: byte-level)",
     )
     group.add_argument(
+        "--knots",
+        action="store_true",
+        help="add the special tokens that untied rows need (data.train.NAME.untie)",
+    )
+    group.add_argument(
         "--video-fps",
         metavar="X",
         type=float,
@@ -208,9 +213,10 @@ def _build(args: argparse.Namespace) -> int:
     from megatron_vlm.data.build import build_dataset
     from megatron_vlm.data.format import REJECTED_FILE
     from megatron_vlm.data.sources.options import SourceOptions
-    from megatron_vlm.data.tokenizer import Tokenizer
+    from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer
 
     seen = _seen(args)
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else byte_tokenizer()
     options = SourceOptions(
         image_root=args.image_root,
         split=args.split,
@@ -227,7 +233,7 @@ def _build(args: argparse.Namespace) -> int:
         args.out,
         form=args.form,
         options=options,
-        tokenizer=Tokenizer.load(args.tokenizer) if args.tokenizer else None,
+        tokenizer=tokenizer.with_knots() if args.knots else tokenizer,
         seen=seen,
         count_points=args.count_points,
         video_fps=args.video_fps,

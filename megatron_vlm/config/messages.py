@@ -44,12 +44,13 @@ def describe(error: ValidationError, schema: type[BaseModel], layers: Sequence[L
 
 
 def known_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections before their fields."""
+    """Every dotted key of the schema, sections before their fields; NAME for a free name."""
     for name, field in schema.model_fields.items():
         yield f"{prefix}{name}"
         section = _section(field.annotation)
         if section is not None:
-            yield from known_keys(section, f"{prefix}{name}.")
+            free = ".NAME" if get_origin(field.annotation) is dict else ""
+            yield from known_keys(section, f"{prefix}{name}{free}.")
 
 
 def named_mappings(schema: type[BaseModel], prefix: Location = ()) -> Iterator[Location]:
@@ -57,6 +58,7 @@ def named_mappings(schema: type[BaseModel], prefix: Location = ()) -> Iterator[L
     for name, field in schema.model_fields.items():
         if get_origin(field.annotation) is dict:
             yield (*prefix, name)
+            continue
         section = _section(field.annotation)
         if section is not None:
             yield from named_mappings(section, (*prefix, name))
@@ -121,7 +123,7 @@ def _expected(detail: ErrorDetails, schema: type[BaseModel]) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section a field holds, also behind `| None`."""
+    """The section a field holds, also behind `| None`, by name or in a list."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
@@ -130,9 +132,14 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 def _section_at(location: Location, schema: type[BaseModel]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = schema
+    free = False
     for step in location:
+        if free:  # a name that the recipe chose
+            free = False
+            continue
         field = section.model_fields.get(str(step)) if section else None
         section = _section(field.annotation) if field else None
+        free = field is not None and get_origin(field.annotation) in (dict, tuple)
     return section
 
 

@@ -66,8 +66,7 @@ class BuildState:
             OSError: the disk refuses.
         """
         complete = self._complete()
-        if not (self.folder / _PUBLISH_FILE).exists():
-            self._clear(complete)
+        self._clear(complete)
         return len(complete)
 
     def publish(self, record: Mapping[str, Any]) -> None:

@@ -225,7 +225,7 @@ def _check_samples(columns: _Columns, limits: Limits) -> None:
             fits = (entry[::2] == entry[1::2]) & (draft[::2] == 0) & (draft[1::2] == 1)
             require(np.repeat(fits, 2), "is not one of a pair")
         start = columns.read("sample_picture_start", first, stop + 1)
-        fits = (start[1:] >= start[:-1]) & (start[:-1] >= 0) & (start[1:] <= limits.pictures)
+        fits = (start[1:] >= start[:-1]) & (start[1:] <= limits.pictures)
         fits[0] &= bool(first or start[0] == 0)
         fits[-1] &= bool(stop < limits.samples or start[-1] == limits.pictures)
         require(fits, "has impossible pictures")

@@ -136,16 +136,17 @@ def check_picture(encoded: bytes) -> tuple[int, int, str]:
             JPEG has damage that Pillow makes up for.
         MemoryError: as `decode_picture`.
     """
-    with faults("picture is damaged"):
+    with faults("picture cannot be decoded"):
         image = open_picture(encoded)
         with decoding.hold(image.width * image.height):
             checked = image.format in JPEGS and check_jpeg(encoded, image.height, image.width)
             if not checked:
                 load_picture(image)
             height, width = upright_size(image)
+    with faults("picture is damaged"):
         # Decoding passes over the checksums of PNG; this reads them and decodes nothing.
         open_picture(encoded).verify()
-        return height, width, FORMATS[str(image.format)]
+    return height, width, FORMATS[str(image.format)]
 
 
 def patches(

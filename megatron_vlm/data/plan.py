@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,7 @@ EMPTY_ROW = Row(-1, _NONE, np.zeros(0, np.int64), _NONE, _NONE, _NONE, _NONE)
 """A row of filler alone: it fills a batch that the data do not."""
 
 
-@dataclass(frozen=True, slots=True)
-class PicturePlan:
+class PicturePlan(NamedTuple):
     """One picture of the step: where its features go and who computes them."""
 
     document: int
@@ -264,7 +264,7 @@ def plan_rows(
     return StepPlan(
         first_row=next((row.number for row in rows if row.number >= 0), -1),
         micro_batches=tuple(micro_batches),
-        pictures=tuple(PicturePlan(*values) for values in planned_pictures),
+        pictures=tuple(map(PicturePlan._make, planned_pictures)),
         document_loss_tokens=_loss_tokens(stream, rows, table),
         document_tokens=table.by_unit(table.length),
         document_samples=np.bincount(table.unit, minlength=table.units).astype(np.int64),

@@ -210,10 +210,16 @@ class RowStream:
             return self._packed[start]
 
     def _pack(self, start: Window) -> tuple[list[Row], Window]:
-        pieces, source, following, ended = self._draw(start)
+        wanted = self._window_rows
+        while True:
+            pieces, source, following, ended = self._draw(start, wanted)
+            bins, left = self._bins(pieces, source, len(start.waiting), ended)
+            if bins or ended:
+                break
+            # Untied sources hold back what does not fill a row.
+            wanted += 1
         if len(pieces.length) and pieces.length.max() > self.seq_length:
             raise DataError("a sample that waits is longer than a row; the position is damaged")
-        bins, left = self._bins(pieces, source, len(start.waiting), ended)
         table = (source[left], pieces.sample[left], pieces.offset[left], pieces.length[left])
         waiting = tuple(zip(*(column.tolist() for column in table), strict=True))
         rows = self._lay_out(start.rows, bins, pieces, source)
@@ -234,17 +240,24 @@ class RowStream:
         bins: list[list[int]] = []
         left: list[int] = []
         others = np.ones(len(source), bool)
+        sizes = np.full(len(source), capacity)
         groups: list[tuple[NDArray[np.int64], int | None]] = []
         for number in self._untied:
             mine = source == number
             others &= ~mine
-            most = None if free is None else min(int(units[mine].sum()) // capacity, free)
+            # One segment: nothing lies between its documents, so every token counts.
+            units[mine], sizes[mine] = pieces.length[mine], self.seq_length
+            most = None if free is None else min(int(units[mine].sum()) // self.seq_length, free)
             groups.append((np.flatnonzero(mine), most))
             free = None if free is None or most is None else free - most
         groups.append((np.flatnonzero(others), free))
         for places, most in groups:
+            if not places.size:
+                continue
             first = int(np.searchsorted(places, waiting))
-            found, over = self._packed_bins(units[places].tolist(), capacity, most, first)
+            found, over = self._packed_bins(
+                units[places].tolist(), int(sizes[places[0]]), most, first
+            )
             bins += [places[members].tolist() for members in found]
             left += places[over].tolist()
         return sorted(bins), sorted(left)
@@ -256,8 +269,8 @@ class RowStream:
             return pack_best_fit(sizes, capacity, most, first)
         return pack_in_order(sizes, capacity, most)
 
-    def _draw(self, window: Window) -> tuple[Pieces, NDArray[np.int32], Window, bool]:
-        """What a window packs: what waits, then draws until its rows could be full.
+    def _draw(self, window: Window, rows: int) -> tuple[Pieces, NDArray[np.int32], Window, bool]:
+        """What a window packs: what waits, then draws until so many rows could be full.
 
         Returns:
             The pieces, their sources, the state behind them, and whether the sources have ended.
@@ -267,9 +280,7 @@ class RowStream:
         found = [
             Pieces(waiting[:, 1], waiting[:, 2].astype(np.int32), waiting[:, 3].astype(np.int32))
         ]
-        # Each untied source may hold back what does not fill a row, and a window must have one.
-        wanted = self._window_rows + len(self._untied)
-        missing = wanted * self.seq_length - self._padded(found[0].length)
+        missing = rows * self.seq_length - self._padded(found[0].length)
         window = replace(window, waiting=())
         while missing > 0:
             source, pieces, window, progress = self._some_draws(window, missing)

@@ -163,7 +163,12 @@ def _build_data(data: Path, train_samples: int) -> None:
     learned = Tokenizer.load(tokenizer)
     for name, file in (("train", "train.json"), ("held_out", "heldout.json")):
         build_dataset(
-            source / file, data / name, tokenizer=learned, overwrite=True, show_progress=True
+            source / file,
+            data / name,
+            form="conversations",
+            tokenizer=learned,
+            overwrite=True,
+            show_progress=True,
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vlm.config import RunConfig, load_recipe
+from megatron_vlm.config.schema import SourceConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.topology.layout import resolve_layout
 
@@ -39,7 +40,7 @@ def demo_config(run_dir: Path, nproc: int, overrides: Sequence[str]) -> RunConfi
             "run_dir": str(run_dir),
             "data": config.data.model_copy(
                 update={
-                    "train": str(data / "train"),
+                    "train": {"train": SourceConfig(path=str(data / "train"))},
                     "validation": {"held_out": str(data / "held_out")},
                 }
             ),

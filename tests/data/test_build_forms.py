@@ -15,7 +15,17 @@ import pytest
 
 from megatron_vlm.data import encode, encode_media
 from megatron_vlm.data.build import build_dataset
-from megatron_vlm.data.draft import Draft, Entry, Medium, Picture, SampleKind, Special, Text, Tokens
+from megatron_vlm.data.draft import (
+    Draft,
+    Entry,
+    Medium,
+    Picture,
+    SampleKind,
+    Special,
+    Text,
+    Tokens,
+    Video,
+)
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.format import STILL
 from megatron_vlm.data.index import DatasetIndex, open_dataset
@@ -166,6 +176,8 @@ def test_several_samples_of_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (found["000000000.1.png"], found["000000000.0.png"]) == (blue, red)
     np.testing.assert_array_equal(index.columns.sample_draft, [0, 2])
     np.testing.assert_array_equal(index.columns.picture_position, [0, 4, 5, 6, 7, 8])
+    offsets = index.columns.picture_offset.tolist()
+    assert offsets[2] == offsets[0] < offsets[1] < offsets[3] < offsets[4] == offsets[5]
     np.testing.assert_array_equal(index.columns.picture_pts, [STILL] * 6)
     np.testing.assert_array_equal(index.columns.picture_max_tokens, [0] * 6)
     with SampleReader(index) as reader:
@@ -261,9 +273,11 @@ def test_the_digest_covers_the_frames_of_a_video(tmp_path: Path) -> None:
 
 def test_the_digest_is_made_as_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = encoded(picture(30, 40))
+    moving = video(frames=12, fps=10, size=(48, 64))
     entries = [
         (Draft((Picture(0), Text("ab", True), EOS), (medium(content),)),),
         (Draft((Text("c", False), EOS)),),
+        (Draft((Video(0), EOS), (medium(moving, "v"),)),),
     ]
     index = build_given(tmp_path, monkeypatch, *entries)
 
@@ -272,7 +286,12 @@ def test_the_digest_is_made_as_it_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 
     tokens = [[[258, 97, 98, 257], [0, 1, 1, 1]], [[99, 257], [0, 1]]]
     raw = [np.array(item, "<i4").tobytes() for item in tokens]
-    samples = [sha(sha(raw[0]) + sha(content)), sha(sha(raw[1]))]
+    with SampleReader(index) as reader:
+        shown = np.ascontiguousarray(reader.read_tokens(2), "<i4").tobytes()
+    times = index.columns.picture_pts[1:].tolist()
+    assert len(times) == 2 and times[0] < times[1]
+    frames = b"".join(sha(sha(moving) + f" {pts} 640".encode()) for pts in times)
+    samples = [sha(sha(raw[0]) + sha(content)), sha(sha(raw[1])), sha(sha(shown) + frames)]
     assert index.content_sha256 == hashlib.sha256(b"".join(samples)).hexdigest()
 
 

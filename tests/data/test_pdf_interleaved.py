@@ -25,6 +25,7 @@ from tests.data.pdf_files import (
     prose,
     render,
     text_width,
+    wrap,
 )
 
 pytestmark = pytest.mark.unit
@@ -192,13 +193,13 @@ def test_scripts_without_spaces_are_joined_without() -> None:
     )
 
 
-def test_one_line_too_long_does_not_break_the_others() -> None:
+def test_one_line_that_sticks_out_does_not_break_the_others() -> None:
     page = Page()
-    said = prose(3, 60)
-    y = page.paragraph(40, 470, said, width=200)
-    page.text(40, y, "and a line that is not broken sticks out of its column by far", "Courier")
-    page.text(40, y - 12, "as it does in drafts.")
-    assert text(pdf(page)).count("\n") <= 3
+    page.paragraph(40, 470, prose(3, 60), width=260)
+    page.content[4] = page.content[4].replace(") Tj", "oooooooooooooo) Tj")
+    found = text(pdf(page))
+    assert "oooooooooooooo" in found
+    assert found.count("\n") <= 1
 
 
 def test_a_poem_keeps_its_lines() -> None:
@@ -226,6 +227,64 @@ def test_the_hyphen_of_a_compound_stays_where_the_page_shows_it() -> None:
         "A well-known harbour was seen from the river, and the people there were quiet and bright "
         "and well-known for that, which nobody had ever been in Baden, nor in the North-\nEast."
     )
+
+
+def test_text_painted_twice_is_read_once() -> None:
+    page = Page()
+    page.paragraph(40, 470, prose(1, 40))
+    page.paragraph(40.4, 469.8, prose(1, 40))
+    assert text(pdf(page)) == prose(1, 40)
+
+
+def test_an_initial_of_three_lines_and_indices() -> None:
+    page = Page()
+    page.text(40, 376, "T", "Times-Roman", 46)
+    lines = wrap("his is " + prose(1, 40), "Courier", 10, 270)
+    for number, line in enumerate(lines):
+        page.text(40 if number > 2 else 70, 400 - 12 * number, line)
+    page.text(40, 200, "The area is 12 m", "Times-Roman", 10)
+    page.text(40 + text_width("The area is 12 m", "Times-Roman", 10), 204, "2", "Times-Roman", 6)
+    found = text(pdf(page))
+    assert [line in found.replace("\n", " ") for line in lines] == [True] * len(lines)
+    assert "The area is 12 m2" in found
+
+
+def test_a_short_last_line_above_columns_belongs_to_its_paragraph() -> None:
+    page = Page(600, 800)
+    abstract = prose(7, 38)
+    y = page.paragraph(50, 700, abstract, width=480) - 14
+    assert len(wrap(abstract, "Courier", 10, 480)[-1]) < 38
+    columns = [prose(8, 60), prose(9, 60)]
+    for side, said in enumerate(columns):
+        page.paragraph(50 + 250 * side, y, said, width=230)
+    assert text(pdf(page)) == "\n\n".join([abstract, *columns])
+
+
+def test_an_indent_after_a_full_last_line_begins_a_paragraph() -> None:
+    page = Page()
+    first = [
+        "The meadow was quiet and the river was bright in",
+        "those days, and the lantern was seen by everyone",
+    ]
+    second = [
+        "The harbour was quiet too, and nobody had been",
+        "there before the evening, when the falcon came.",
+    ]
+    for number, line in enumerate([*first, *second]):
+        page.text(40 + (20 if number == 2 else 0), 400 - 12 * number, line)
+    assert text(pdf(page)) == f"{' '.join(first)}\n\n{' '.join(second)}"
+
+
+def test_a_sentence_goes_on_although_a_word_would_have_fitted() -> None:
+    page = Page()
+    lines = [
+        "The meadow was quiet and the river was seen from",
+        "the harbour, where the lantern was bright",
+    ]
+    lines += ["as it had been, and the falcon came to the castle", "in the evening."]
+    for number, line in enumerate(lines):
+        page.text(40, 400 - 12 * number, line)
+    assert text(pdf(page)) == " ".join(lines)
 
 
 def test_pictures_stand_where_they_are_read() -> None:

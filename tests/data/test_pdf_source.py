@@ -199,6 +199,7 @@ def test_a_document_that_takes_too_long_is_given_up() -> None:
     with pytest.raises(DataError, match=r"^a\.pdf: PDF took longer than 0\.5 s"):
         masked_pages(busy(), "a.pdf", PdfSettings(seconds=0.5, dpi=288))
     assert time.monotonic() - start < 20
+    assert not children(busy_for=0.4), "nobody works on it any more"
     assert masked_pages(pdf(page(1)), "b.pdf", SMALL), "the next document is read"
 
 
@@ -265,22 +266,26 @@ def test_threads_read_side_by_side() -> None:
     assert len(children()) <= 5
 
 
-def test_children_leave_with_their_parent_and_import_no_torch(tmp_path: Path) -> None:
+def test_children_belong_to_one_process_leave_with_it_and_import_no_torch(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_bytes(pdf(page(1)))
     script = textwrap.dedent(
         """
-        import os, sys
+        import json, os, sys
         from pathlib import Path
         from megatron_vlm.data.pdf.masked import masked_pages
         import megatron_vlm.data.pdf.child
         assert "torch" not in sys.modules
         file = Path(sys.argv[1]).read_bytes()
-        first = [draft.entry for draft in masked_pages(file, "a.pdf")]
+        masked_pages(file, "first.pdf")
         pid = os.fork()
-        again = [draft.entry for draft in masked_pages(file, "a.pdf")]
+        for number in range(5):
+            name = f"{pid == 0} {number}.pdf"
+            (draft,) = masked_pages(file, name)
+            assert json.loads(draft.entry)["file"] == name
+            assert draft.media[0].name == name + " page 1"
         if pid == 0:
-            os._exit(first != again)
-        assert os.waitpid(pid, 0)[1] == 0 and first == again
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
         import psutil
         print(*[child.pid for child in psutil.Process().children()])
         """

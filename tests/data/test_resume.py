@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from megatron_vlm.data import build as build_module
+from megatron_vlm.data import build_publish
 from megatron_vlm.data.build import build_dataset
-from megatron_vlm.data.build_state import only_one
+from megatron_vlm.data.build_state import BuildState, only_one
 from megatron_vlm.data.index import open_dataset
 from megatron_vlm.data.shards import ShardWriter
 from megatron_vlm.errors import DataError
@@ -261,6 +262,77 @@ def test_a_full_disk_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(DataError, match="No space left"):
             run(source, tmp_path / "set")
     assert entries_read(source, tmp_path / "set") < len(json.loads(source.read_text()))
+    assert snapshot(tmp_path / "set") == snapshot(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shard_mb", [12, 24, 10_000])
+def test_ended_just_before_the_end(tmp_path: Path, shard_mb: int) -> None:
+    """Whether the last bad entries follow the last shard or lie in it."""
+    source = write_source(tmp_path)
+    run(source, tmp_path / "whole", shard_mb=shard_mb)
+
+    def ended(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BuildState, "publish", ended)
+        run(source, tmp_path / "set", shard_mb=shard_mb)
+    assert entries_read(source, tmp_path / "set", shard_mb=shard_mb) <= 2
+    assert snapshot(tmp_path / "set") == snapshot(tmp_path / "whole")
+
+
+def test_ended_once_the_set_was_in_place(tmp_path: Path) -> None:
+    source = write_source(tmp_path)
+    run(source, tmp_path / "whole")
+
+    def ended(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BuildState, "remove", ended)
+        run(source, tmp_path / "set")
+    left = snapshot(tmp_path / "set")
+    assert snapshot(tmp_path / "whole").items() < left.items()
+    with pytest.raises(DataError, match="add --overwrite"):
+        run(source, tmp_path / "set", shard_mb=12)
+    assert snapshot(tmp_path / "set") == left
+    assert entries_read(source, tmp_path / "set") == 0
+    assert snapshot(tmp_path / "set") == snapshot(tmp_path / "whole")
+
+
+def test_what_another_build_was_about_to_publish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path)
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_publish, "write_atomic", full)
+        with pytest.raises(DataError, match="No space left"):
+            run(source, tmp_path / "set")
+    run(source, tmp_path / "set", shard_mb=12)
+    run(source, tmp_path / "whole", shard_mb=12)
+    assert snapshot(tmp_path / "set") == snapshot(tmp_path / "whole")
+
+
+def test_files_that_were_to_be_published_and_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path)
+    run(source, tmp_path / "whole")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_publish, "write_atomic", full)
+        with pytest.raises(DataError, match="No space left"):
+            run(source, tmp_path / "set")
+    [moved] = (tmp_path / "set").glob("*/index.safetensors")
+    moved.unlink()
+    run(source, tmp_path / "set")
     assert snapshot(tmp_path / "set") == snapshot(tmp_path / "whole")
 
 

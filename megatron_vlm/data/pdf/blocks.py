@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 
 from megatron_vlm.data.pdf.chars import Word
@@ -76,13 +77,26 @@ def blocks_of(words: Sequence[Word]) -> list[Block]:
     shown = going_on or [line for group in groups for line in group]
     if not shown:
         return []
-    edges = (min(line.box.x0 for line in shown), max(line.box.x1 for line in shown))
+    slack = 2 * median(line.size for line in shown)
+    edges = (
+        -_outermost([-line.box.x0 for line in shown], slack),
+        _outermost([line.box.x1 for line in shown], slack),
+    )
     ends = [_soft_ends(group, edges) for group in groups]
-    wrapped = sum(map(sum, ends)) >= _WRAPPED * len(going_on)
+    # What sticks out of the column ends for no reason that counts.
+    inside = [line.box.x1 <= edges[1] for group in groups for line in group[:-1]]
+    count = sum(soft and fits for soft, fits in zip(chain(*ends), inside, strict=True))
+    wrapped = count >= _WRAPPED * len(going_on)
     blocks: list[Block] = []
     for group, soft in zip(groups, ends, strict=True):
         blocks += _split(group, soft if wrapped else _hyphenated(group))
     return blocks
+
+
+def _outermost(edges: Sequence[float], slack: float) -> float:
+    """The largest, but for a single line that sticks out of its column."""
+    *_, second, first = (float("-inf"), *sorted(edges))
+    return second if len(edges) > 3 and first - second > slack else first
 
 
 def _groups(lines: Sequence[Line]) -> list[list[Line]]:

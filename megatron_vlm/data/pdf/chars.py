@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import unicodedata
 from collections import Counter
@@ -15,8 +14,8 @@ from megatron_vlm.data.pdf.frames import Box, Frame, apply, make_frame
 from megatron_vlm.data.pdf.objects import address
 from megatron_vlm.errors import DataError
 
-MAX_CHARACTERS = 100_000
-"""Most characters of a page; drawings that are made of letters have more."""
+MAX_CHARACTERS = 50_000
+"""Most characters of a page; a page of a newspaper has less than half as many."""
 
 _UPRIGHT = math.cos(math.radians(10))
 # What the library puts where a hyphen ends a line.
@@ -86,6 +85,16 @@ class _Char:
     """Whether a space or a line break comes before it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A character in the frame."""
+
+    char: _Char
+    box: Box
+    left: float
+    baseline: float
+
+
 def read_text(page: Any, text_page: Any) -> PageText:
     """The words of a loaded page.
 
@@ -98,17 +107,19 @@ def read_text(page: Any, text_page: Any) -> PageText:
     frame = _frame(page, chars)
     words: list[Word] = []
     strays: list[Box] = []
-    run: list[_Char] = []
+    run: list[_Placed] = []
     for char in chars:
+        box = frame.box(*char.bounds)
         if not _is_upright(char.style, frame):
-            strays.append(frame.box(*char.bounds))
+            strays.append(box)
             continue
-        if run and (char.spaced or _are_apart(run[-1], char, frame)):
-            words.append(_word(run, frame, len(words)))
+        placed = _Placed(char, box, *apply(frame.matrix, *char.origin))
+        if run and (char.spaced or _are_apart(run[-1], placed)):
+            words.append(_word(run, len(words)))
             run = []
-        run.append(char)
+        run.append(placed)
     if run:
-        words.append(_word(run, frame, len(words)))
+        words.append(_word(run, len(words)))
     unmapped = sum(char.unmapped for char in chars)
     return PageText(frame, _once(words), strays, len(chars), unmapped)
 
@@ -244,32 +255,37 @@ def _is_upright(style: _Style, frame: Frame) -> bool:
     return a * x + c * y > _UPRIGHT and not style.mirrored
 
 
-def _are_apart(last: _Char, char: _Char, frame: Frame) -> bool:
+def _are_apart(last: _Placed, placed: _Placed) -> bool:
     """Whether no word goes on from one to the other: a jump along the line or across it."""
-    size = max(last.style.size, char.style.size)
-    before, after = frame.box(*last.bounds), frame.box(*char.bounds)
+    size = max(last.char.style.size, placed.char.style.size)
+    before, after = last.box, placed.box
     gap = max(after.x0 - before.x1, before.x0 - after.x1)
-    rise = apply(frame.matrix, *last.origin)[1] - apply(frame.matrix, *char.origin)[1]
-    return gap > 0.5 * size or abs(rise) > 0.6 * size
+    return gap > 0.5 * size or abs(placed.baseline - last.baseline) > 0.6 * size
 
 
-def _word(run: list[_Char], frame: Frame, place: int) -> Word:
-    box = functools.reduce(Box.joined, (frame.box(*char.bounds) for char in run))
-    left = min(apply(frame.matrix, *char.origin)[0] for char in run)
-    box = Box(min(left, box.x1), box.y0, box.x1, box.y1)
-    style = run[0].style
+def _word(run: list[_Placed], place: int) -> Word:
+    boxes = [placed.box for placed in run]
+    chars = [placed.char for placed in run]
+    right = max(box.x1 for box in boxes)
+    box = Box(
+        min(right, *(placed.left for placed in run)),
+        min(box.y0 for box in boxes),
+        right,
+        max(box.y1 for box in boxes),
+    )
+    style = chars[0].style
     size = style.size
     if not 0.3 * size < box.height < 3 * size:
         # The font's own numbers say something else than what is seen.
         size = box.height
     return Word(
-        "".join(char.text for char in run),
+        "".join(char.text for char in chars),
         box,
-        apply(frame.matrix, *run[0].origin)[1],
+        run[0].baseline,
         size,
         style.font,
         place,
-        run[0].spaced,
-        frozenset(char.style.object for char in run),
-        any(char.unmapped for char in run),
+        chars[0].spaced,
+        frozenset(char.style.object for char in chars),
+        any(char.unmapped for char in chars),
     )

@@ -61,6 +61,10 @@ def _answer(job: Message, target: BinaryIO) -> None:
             _watch(settings)
     except DataError as error:
         _send(target, Message({"error": str(error)}, []))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # What no one thought of; the parent must not take it for a crash of the library.
+        reason = f"PDF cannot be handled ({type(error).__name__}: {error}); please report it"
+        _send(target, Message({"error": reason.replace("\n", " ")}, []))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 

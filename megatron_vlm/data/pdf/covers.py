@@ -89,9 +89,7 @@ class _Proof:
             key = address(item)
             self._handles[key] = item
             box = object_bounds(item, outer, text.frame)
-            if box is not None and all(
-                math.isfinite(side) for side in (box.x0, box.y0, box.x1, box.y1)
-            ):
+            if box is not None:
                 self.bounds[key] = self.pixels(box, 3)
 
     @property
@@ -125,16 +123,15 @@ class _Proof:
         found: NDArray[np.bool_] = changed[..., 0] | changed[..., 1] | changed[..., 2]
         return found
 
-    def unread(self, objects: Iterable[int], read: Iterable[int], cover: Pixels) -> set[int]:
+    def unread(self, read: frozenset[int], cover: Pixels) -> set[int]:
         """Text objects inside a cover whose characters the library does not give.
 
         It gives letters that are painted twice (for bold) once.
         """
-        known = {*read, *objects}
         return {
             key
             for key, bounds in self.bounds.items()
-            if key not in known and _union(bounds, cover) == cover
+            if key not in read and _union(bounds, cover) == cover
         }
 
     def _render(self) -> NDArray[np.uint8]:
@@ -190,14 +187,7 @@ def _lot(seed: int, key: str, page: int, block: int) -> bytes:
 def _candidates(
     proof: _Proof, text: PageText, blocks: Sequence[Block], settings: PdfSettings
 ) -> list[_Candidate]:
-    owners: dict[int, set[int]] = {}
-    number_of: dict[int, int] = {}
-    for number, block in enumerate(blocks):
-        for word in block.words:
-            number_of[word.place] = number
-    for word in text.words:
-        for key in word.objects:
-            owners.setdefault(key, set()).add(number_of.get(word.place, -1))
+    read = frozenset[int]().union(*(word.objects for word in text.words))
     found = []
     for number, block in enumerate(blocks):
         words = block.words
@@ -214,15 +204,13 @@ def _candidates(
             or any(word.unmapped for word in words)
             or sum(len(word.text) for word in words) < settings.min_block_chars
             or min(word.size for word in words) * proof.scale[1] < settings.min_text_pixels
-            # An object that also paints other text cannot be switched off by itself.
-            or any(owners[key] != {number} for key in objects)
         ):
             continue
         growth = math.ceil(_GROWTH * block.size * max(proof.scale))
         lines = [proof.pixels(line.box, 0) for line in block.lines]
         cover = proof.pixels(box, 1)
         limit = proof.pixels(box, 1 + growth)
-        objects |= proof.unread(objects, owners, cover)
+        objects |= proof.unread(read, cover)
         found.append(_Candidate(number, block, objects, lines, cover, limit))
     return found
 
@@ -257,7 +245,7 @@ def _examine(proof: _Proof, text: PageText, chosen: list[_Candidate]) -> list[_C
     others = proof.ink(proof.objects - taken)
     covered_words = {word.place for candidate in chosen for word in candidate.block.words}
     rest = [_core(word) for word in text.words if word.place not in covered_words] + text.strays
-    rest_pixels = [proof.pixels(box, 0) for box in rest]
+    rest_pixels = np.array([proof.pixels(box, 0) for box in rest]).reshape(-1, 4)
     dropped = []
     for candidate in chosen:
         fits = _grow_over(candidate, outside, proof.bounds)
@@ -269,7 +257,7 @@ def _examine(proof: _Proof, text: PageText, chosen: list[_Candidate]) -> list[_C
         if (
             not fits
             or _part(others, candidate.cover).any()
-            or any(_meet(candidate.cover, box) for box in rest_pixels)
+            or _meets_any(candidate.cover, rest_pixels)
         ):
             dropped.append(candidate)
     # Ink that belongs to none of them: what is switched off changes the page elsewhere too.
@@ -305,7 +293,8 @@ def _lies_on_ink(full: NDArray[np.uint8], candidate: _Candidate) -> bool:
     The cover grows by a pixel where its edge cuts ink.
     """
     gray = full.mean(axis=2)
-    if any(np.ptp(_part(gray, line)) < _INK for line in candidate.lines):
+    lines = [_part(gray, line) for line in candidate.lines]
+    if any(not line.size or np.ptp(line) < _INK for line in lines):
         return False
     x0, y0, x1, y1 = candidate.cover
     height, width = gray.shape
@@ -347,8 +336,10 @@ def _part(image: NDArray[Any], box: Pixels) -> NDArray[Any]:
     return image[y0:y1, x0:x1]
 
 
-def _meet(one: Pixels, other: Pixels) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _meets_any(cover: Pixels, boxes: NDArray[np.int_]) -> bool:
+    """Whether a cover shares a pixel with any of the boxes [boxes, 4]."""
+    x0, y0, x1, y1 = boxes.T
+    return bool(((x0 < cover[2]) & (cover[0] < x1) & (y0 < cover[3]) & (cover[1] < y1)).any())
 
 
 def _union(one: Pixels, other: Pixels) -> Pixels:

@@ -50,9 +50,11 @@ def lines_of(words: Sequence[Word]) -> list[Line]:
     lines: list[list[Word]] = []
     baseline = size = 0.0
     for word in sorted(words, key=lambda word: word.baseline):
-        if not lines or word.baseline - baseline > 0.45 * max(size, word.size):
+        # An index is on the line of its word; a line beside a large initial is not on its line.
+        small, large = sorted((size, word.size))
+        if not lines or word.baseline - baseline > 0.45 * min(large, 2 * small):
             lines.append([])
-            baseline, size = word.baseline, 0.0
+            baseline, size = word.baseline, word.size
         lines[-1].append(word)
         # A line is where its largest words stand: an index before it is not its baseline.
         if word.size >= size:

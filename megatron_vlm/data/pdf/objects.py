@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,6 +78,8 @@ def object_bounds(item: Any, outer: Matrix, frame: Frame) -> Box | None:
         apply(compose(outer, frame.matrix), x, y) for x in (left, right) for y in (bottom, top)
     ]
     xs, ys = [x for x, _ in corners], [y for _, y in corners]
+    if not all(map(math.isfinite, (*xs, *ys))):
+        return None
     return Box(min(xs), min(ys), max(xs), max(ys))
 
 
