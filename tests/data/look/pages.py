@@ -39,6 +39,8 @@ def write_sets(folder: Path, port: int = 9) -> Path:
         entry("plain?", "Yes.", id="text"),
         entry("<image>\nWhat?", "Noise.", ["a.png"], id=hostile),
         entry("<image> <image> and <image>?", "All of it.", ["a.png", "b.png", "c.png"], id=3),
+        entry("<image> <image>, <box:0>, <image>?", "<point:1>", ["a.png", "b.png", "c.png"],
+              objects=[{"box": [0, 0, 32, 60], "image": 1}, {"point": [5, 10], "image": 2}]),
         entry("<image> near <point:1>", "It is <box:0>, in <box:2>.", ["a.png"], objects=boxes),
         entry("<video>\nWhat?", "Frames.", videos=["v.mp4"], id="video"),
         entry(hostile, hostile + LONG, id="hostile"),
@@ -63,7 +65,7 @@ data:
   pad_multiple: 16
   shuffle: false
   train:
-    mix: {path: FOLDER/mix, max_epochs: 1}
+    'm"><s>ix': {path: FOLDER/mix, max_epochs: 1}
     docs: {path: FOLDER/docs, max_epochs: 1}
 """,
     "untied": """

@@ -89,7 +89,7 @@ def test_it_renders(page: Path, asked: tuple[int, list[str]]) -> None:
     # The page's own script has run; none of the data's has.
     assert re.search(r'<div id="where"[^>]*>Point at a token', dom)
     assert '<img src="http' not in dom and "<link" not in dom
-    assert dom.count("<script>") == 1 and dom.count("<article") == 8
+    assert dom.count("<script>") == 1 and dom.count("<article") == 9
     assert asked[1] == []
 
 

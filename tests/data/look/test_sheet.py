@@ -128,7 +128,7 @@ def test_pictures_are_the_pixels_of_the_batch(sets: Path, tmp_path: Path) -> Non
         if token.image is not None
     ]  # fmt: skip
     parts = step.pictures.pixel_values.split(step.pictures.grid_hw.prod(1).tolist())
-    assert len(shown) == len(parts) == 1 + 3 + 1 + 4 + 1
+    assert len(shown) == len(parts) == 1 + 3 + 3 + 1 + 4 + 1
     seconds = []
     for (place, token), planned, part in zip(shown, step.plan.pictures, parts, strict=True):
         assert (place, token.tokens) == (planned.start, planned.tokens)
@@ -147,7 +147,11 @@ def test_pictures_are_the_pixels_of_the_batch(sets: Path, tmp_path: Path) -> Non
 def test_boxes_and_points_are_drawn(sets: Path, tmp_path: Path) -> None:
     page = show(sets / "mix.yaml", tmp_path / "rows.html")
     marked = [t for r in page.rows for li in r.lines for t in li.tokens if t.marks]
-    (token,) = marked
+    second, third, token = marked
+    # Of several pictures, the one before the text: a box on the second, a point on the third.
+    assert [m.get("width") for m in second.marks] == ["500"]
+    assert [(m["class"], m["d"]) for m in third.marks] == [("learned", "M250 500h0")]
+    assert second.caption.startswith("picture 2|") and third.caption.startswith("picture 3|")
     # Of a picture of 90 x 60 pixels: [10, 5, 40, 30], [0, 0, 90, 60] and (80, 50), in thousandths.
     boxes = [m for m in token.marks if "width" in m]
     assert [[int(m[k]) for k in ("x", "y", "width", "height")] for m in boxes] == [
@@ -208,6 +212,8 @@ def test_nothing_of_the_data_is_more_than_text(sets: Path, tmp_path: Path) -> No
     content = out.read_text(encoding="utf-8")
     left = {c for c in content if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
     assert left <= {"\n", "\t"}
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "a"]
+    assert 'm"><s>ix 0' in labels
     # The sample's id, in its title and in its entry, and its text are all there.
     assert page.text.count("document.title='owned'") >= 4
     assert "</script></style></title><script>" in page.text

@@ -120,7 +120,7 @@ def test_videos_are_told_from_pictures() -> None:
     """Two videos in a row, the same video twice, a picture between frames, a video in a sample."""
     frames = [
         # (sample, shard, offset, pts)
-        (0, 0, 100, 0), (0, 0, 100, 5), (0, 0, 900, 0), (0, 0, 900, 3),
+        (0, 0, 100, 0), (0, 0, 100, 5), (0, 0, 900, 6), (0, 0, 900, 7),
         (1, 0, 500, STILL), (1, 0, 700, 0), (1, 0, 700, 9), (1, 0, 700, 0), (1, 0, 700, 9),
         (3, 0, 700, 10), (3, 0, 500, STILL), (3, 0, 700, 20), (4, 0, 700, 30),
     ]  # fmt: skip
