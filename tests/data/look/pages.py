@@ -24,7 +24,7 @@ HOSTILE = (
 )
 """Text that would like to be more than text."""
 
-LONG = "word " * 700
+LONG = "word " * 640
 
 
 def write_sets(folder: Path, port: int = 9) -> Path:

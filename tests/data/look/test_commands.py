@@ -1,0 +1,136 @@
+"""`mvlm data stats` and `mvlm data show` as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.cli.main import main
+from megatron_vlm.config import load_recipe
+from megatron_vlm.training.datasets import open_training_data
+
+pytestmark = pytest.mark.unit
+
+RECIPE = """
+model: dots-vlm-nano
+training: {train_iters: 50, seq_length: 128, global_batch_size: 4}
+data:
+  train:
+    pictures: {path: FOLDER/nano/train, weight: 3}
+    "te[red]xt": {path: FOLDER/text/train, weight: 1}
+  schedule:
+    - {tokens: 3000, weights: {pictures: 1, "te[red]xt": 1}}
+    - {tokens: 9999999, weights: {pictures: 1}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, nano_data: Path, text_data: Path) -> Path:
+    path = tmp_path / "two.yaml"
+    text = RECIPE.replace("FOLDER/nano", str(nano_data)).replace("FOLDER/text", str(text_data))
+    path.write_text(text)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["data", "stats", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_stats_of_a_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, str(recipe), "--json", "data.pad_multiple=32"))
+    assert (found["seq_length"], found["pad_multiple"], found["model"]) == (
+        128, 32, "dots-vlm-nano",
+    )  # fmt: skip
+    stream = open_training_data(load_recipe(recipe, ["data.pad_multiple=32"])).stream
+    rows, _ = stream.take(stream.start(), 200)
+    planned = found["planned"]
+    assert (planned["rows"], planned["rows_of_run"], planned["data_end"]) == (200, 200, False)
+    tokens = sum(int(row.length.sum()) for row in rows)
+    assert planned["tokens"] == tokens
+    assert planned["fill"] == pytest.approx(tokens / (200 * 128))
+    assert planned["fill"] + planned["padding"] + planned["tails"] == pytest.approx(1)
+    for number, source in enumerate(found["sources"]):
+        assert source["name"] == stream.sources[number].name
+        own = sum(int(row.length[row.source == number].sum()) for row in rows)
+        assert source["planned_tokens"] == own
+        assert source["rows_per_epoch"] == pytest.approx(source["tokens"] * 200 / own)
+        assert source["steps_per_epoch"] == pytest.approx(source["rows_per_epoch"] / 4)
+        assert source["epochs_of_run"] == pytest.approx(200 / source["rows_per_epoch"])
+
+
+def test_tables(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "a.png"
+    out = run(capsys, str(recipe), "--rows", "40", "--plot", str(plot))
+    assert plot.stat().st_size > 10_000
+    # A source's name is no markup of the terminal's.
+    assert "te[red]xt" in out
+    assert "40 rows of the run's 200 planned, of 128 tokens: " in out
+    assert "padding to data.pad_multiple=16" in out
+    assert "data.schedule goes on to token 9,999,999" in out
+    assert f"drawn: {plot}" in out
+
+
+def test_stats_of_a_folder(
+    nano_data: Path, text_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(run(capsys, str(text_data / "train"), "--json", "--seq-length", "64"))
+    (source,) = found["sources"]
+    assert (found["planned"]["data_end"], source["pictures"]) == (True, 0)
+    assert source["planned_samples"] == source["samples"] == 96
+    assert source["planned_tokens"] == source["tokens"] == source["text_tokens"]
+    assert source["rows_per_epoch"] == pytest.approx(found["planned"]["rows"])
+    assert source["steps_per_epoch"] is source["epochs_of_run"] is None
+    # Options and overrides in any order; the model decides how long pictures are.
+    words = ["--model", "dots-vlm-nano", str(nano_data / "train"), "data.pad_multiple=64", "--json"]
+    found = json.loads(run(capsys, *words))
+    assert found["sources"][0]["pictures"] == 112
+    assert (found["seq_length"], found["pad_multiple"]) == (8192, 64)
+
+
+def test_what_a_run_would_refuse_is_told(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(capsys, str(recipe), "--seq-length", "64", "data.schedule=[]")
+    assert "data.long_samples=refuse: a run would stop" in out
+    show = ["data", "show", str(recipe), "--seq-length", "64", "--out", str(tmp_path / "a.html")]
+    assert main(show) == 2
+    assert "more than training.seq_length 64" in capsys.readouterr().err
+    assert not (tmp_path / "a.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["stats", "{nano}/train"], "has 112 pictures, whose tokens follow from a model's sizes"),
+        (["stats", "{nano}"], "holds no dataset.json; expected a recipe, or a folder"),
+        (["stats", "nowhere"], "there is no recipe named 'nowhere'"),
+        (["stats", "{text}/train", "--plot", "a.gif"], "drawings end in .png, .svg, .pdf"),
+        (["stats", "{text}/train", "--rows", "0"], "'0'; expected a whole number above 0"),
+        (["stats", "{text}/train", "--model", "none"], "there is no model named 'none'"),
+        (["stats", "{text}/train", "data.colour=1"], "data.colour"),
+        (["stats", "{text}/train", "--sed", "1"], "did you mean --seed?"),
+        (["show", "{text}/train", "--rows", "257"], "--rows 257: at most 256"),
+        (["show", "{text}/train", "--start", "-1"], "--start -1: expected the number of a row"),
+        (["show", "{text}/train", "--start", "1000000"], "the data end after"),
+        (["show", "{text}/train", "--jpeg", "96"], "--jpeg 96: expected a quality from 1 to 95"),
+        (["show", "{text}/train", "--out", "page.txt"], "expected a name that ends in .html"),
+        (["show", "{text}/train", "--out", "/dev/null/a.html"], "cannot be written"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    nano_data: Path,
+    text_data: Path,
+    words: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [word.format(nano=nano_data, text=text_data) for word in words]
+    try:
+        assert main(["data", *given]) == 2
+    except SystemExit as left:
+        assert left.code == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
