@@ -148,14 +148,15 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 
     Plain argparse refuses `RECIPE --option key=value`: it settles the overrides, a list of any
     length, at the first positional. Its intermixed mode in turn refuses nested subcommands, which
-    are therefore gone into here, and remainders.
+    are therefore gone into here, and remainders, and loses what a `--` tells.
     """
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction) and words[:1]:
+        if isinstance(action, argparse._SubParsersAction) and words and "--" not in words:
             nested = action.choices.get(words[0])
             if nested is not None:
                 args = _parse(nested, words[1:])
-                setattr(args, action.dest, words[0])
+                if action.dest != argparse.SUPPRESS:
+                    setattr(args, action.dest, words[0])
                 return args
     if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in parser._actions):
         return parser.parse_args(words)

@@ -133,6 +133,26 @@ def test_debug_below_a_nested_subcommand_and_behind_a_separator(
     assert [(args.debug, args.rest) for args in seen] == [(True, ["a"]), (False, ["--debug"])]
 
 
+def test_options_may_stand_anywhere_below_a_nested_subcommand(
+    command: Callable[..., ModuleType],
+    seen: list[argparse.Namespace],
+    record: Callable[[argparse.Namespace], int],
+) -> None:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        nested = parser.add_subparsers(dest="which", required=True).add_parser("show")
+        nested.add_argument("recipe")
+        nested.add_argument("overrides", nargs="*")
+        nested.add_argument("--rows", type=int)
+        nested.set_defaults(of_nested=True)
+
+    command(record, add_arguments)
+    assert main(["train", "show", "r", "--rows", "2", "a=1"]) == 0
+    assert main(["train", "show", "--rows", "2", "r", "a=1"]) == 0
+    for args in seen:
+        assert (args.which, args.recipe, args.rows, args.overrides) == ("show", "r", 2, ["a=1"])
+        assert args.of_nested
+
+
 def test_options_may_stand_between_recipe_and_overrides(
     command: Callable[..., ModuleType],
     seen: list[argparse.Namespace],
