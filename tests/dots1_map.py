@@ -173,7 +173,7 @@ def text_step(
     from megatron_vlm.data.loader import LoadedStep
     from megatron_vlm.data.picture_batch import PictureBatch
     from megatron_vlm.data.plan import StepPlan
-    from megatron_vlm.data.stream import Cursor, Window
+    from megatron_vlm.data.rows import Cursor, Window
     from tests.engine.plans import laid_out
 
     total = len(rows) * seq_length

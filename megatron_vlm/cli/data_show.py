@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from megatron_vlm.cli.data_source import Opened, add_source, open_source, positive
 
 if TYPE_CHECKING:
-    from megatron_vlm.data.stream import Cursor, RowStream
+    from megatron_vlm.data.rows import Cursor
+from megatron_vlm.data.stream import RowStream
 
 HELP = "show rows of a run on one HTML page: tokens, what is learned, positions, pictures"
 

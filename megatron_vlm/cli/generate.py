@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> bytes:
-    from megatron_vlm.data.source import MAX_ENCODED_BYTES
+    from megatron_vlm.data.sources.media import MAX_ENCODED_BYTES
 
     try:
         size = path.stat().st_size

@@ -185,7 +185,7 @@ def _validate(schema: type[Section], layers: Sequence[Layer]) -> Section:
     merged: dict[str, Any] = {}
     named = set(named_mappings(schema))
     for layer in layers:
-        merged = _overlay(merged, layer.values, layer, named)
+        merged = _overlay(merged, _with_named_sources(layer.values), layer, named)
     try:
         plain = OmegaConf.to_container(
             OmegaConf.create(merged), resolve=True, throw_on_missing=True
@@ -204,6 +204,22 @@ def _validate(schema: type[Section], layers: Sequence[Layer]) -> Section:
         return schema.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(describe(error, schema, layers))) from error
+
+
+def _with_named_sources(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with every path that stands for a source of `data.train` written out.
+
+    Before layers are merged, so that one layer may say the path and another the weight.
+    """
+    data = values.get("data")
+    if not isinstance(data, dict) or "train" not in data:
+        return values
+    train = data["train"]
+    if isinstance(train, str):
+        train = {"train": train}
+    if isinstance(train, dict):
+        train = {n: {"path": v} if isinstance(v, str) else v for n, v in train.items()}
+    return {**values, "data": {**data, "train": {} if train is None else train}}
 
 
 def _overlay(

@@ -6,9 +6,9 @@ configuration can be read, checked and planned on any machine.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Precision = Literal["fp64", "fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise"]
@@ -486,8 +486,8 @@ class DataConfig(_Section):
     """Where samples come from and how they are packed. Paths: from the working directory."""
 
     train: dict[str, SourceConfig] = {}
-    """The sources that are mixed, by name. A path alone (`data.train=FOLDER`) is the only one;
-    `data.train.NAME.path=FOLDER` is one of several."""
+    """The sources that are mixed, by name. In a recipe or an override a path may stand for a source
+    (`data.train.NAME=FOLDER`), and for the only one (`data.train=FOLDER`)."""
     mixture_unit: Literal["tokens", "samples"] = "tokens"
     """What weights are shares of."""
     schedule: tuple[MixturePoint, ...] = ()
@@ -524,18 +524,6 @@ class DataConfig(_Section):
     max_failed_share: float = Field(0.5, ge=0, le=1)
     """Stop once more than this share of a step's samples cannot be read. Those of a step that goes
     on count as blank: no loss, and named in the log. Our choice."""
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _name_paths(cls, given: Any) -> Any:
-        """A path alone is a source of its own."""
-        if given is None:
-            return {}
-        if isinstance(given, str):
-            return {"train": {"path": given}}
-        if isinstance(given, dict):
-            return {n: {"path": v} if isinstance(v, str) else v for n, v in given.items()}
-        return given
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

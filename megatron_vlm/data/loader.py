@@ -21,8 +21,10 @@ from megatron_vlm.data.collate import Document, TextBatch, collate_text, read_do
 from megatron_vlm.data.decoders import PictureDecoder
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.picture_batch import PictureBatch, PictureFetch
-from megatron_vlm.data.plan import StepPlan, plan_step, untied_layout
-from megatron_vlm.data.stream import Cursor, Row, RowStream
+from megatron_vlm.data.plan import StepPlan, plan_step
+from megatron_vlm.data.row_table import untied_layout
+from megatron_vlm.data.rows import Cursor, Row
+from megatron_vlm.data.stream import RowStream
 from megatron_vlm.data.untie import apply_layout
 from megatron_vlm.data.workers import Task, WorkerPool
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vlm.data.decoders import PictureDecoder
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
-from megatron_vlm.data.stream import Cursor
+from megatron_vlm.data.rows import Cursor
 from megatron_vlm.engine.agreement import agree_on_failures
 from megatron_vlm.topology.mesh import Topology
 from megatron_vlm.training.console import logger

@@ -30,7 +30,7 @@ from megatron_vlm.checkpoint.folder import write_atomically
 from megatron_vlm.config import RunConfig, dump_yaml, with_absolute_paths
 from megatron_vlm.data.decoders import choose_decoder
 from megatron_vlm.data.loader import LoadedStep, StepLoader
-from megatron_vlm.data.stream import Cursor
+from megatron_vlm.data.rows import Cursor
 from megatron_vlm.engine.objective import Objective, build_objective
 from megatron_vlm.engine.routers import update_bias
 from megatron_vlm.engine.step import StepResult, TrainStep

@@ -17,8 +17,9 @@ from megatron_vlm.data.format import STILL
 from megatron_vlm.data.index import DatasetIndex, IndexColumns, open_dataset
 from megatron_vlm.data.mixture import Phase
 from megatron_vlm.data.plan import MicroBatchPlan, StepPlan
+from megatron_vlm.data.rows import Cursor, Row
 from megatron_vlm.data.sample_set import SampleSet
-from megatron_vlm.data.stream import Cursor, Row, RowStream, Source
+from megatron_vlm.data.stream import RowStream, Source
 from megatron_vlm.data.tokenizer import SpecialIds
 
 VISION = VisionConfig(

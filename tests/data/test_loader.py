@@ -22,7 +22,8 @@ from megatron_vlm.data.index import DatasetIndex
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
 from megatron_vlm.data.pictures import patches
 from megatron_vlm.data.plan import StepPlan, plan_step
-from megatron_vlm.data.stream import Cursor, RowStream
+from megatron_vlm.data.rows import Cursor
+from megatron_vlm.data.stream import RowStream
 from megatron_vlm.errors import DataError
 from tests.data.samples import VISION, build, entry, mixed_entries, plan_facts, stream_of
 

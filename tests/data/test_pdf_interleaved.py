@@ -251,7 +251,8 @@ def test_an_initial_of_three_lines_and_indices() -> None:
 
 def test_a_short_last_line_above_columns_belongs_to_its_paragraph() -> None:
     page = Page(600, 800)
-    abstract = prose(7, 38)
+    # Capitals, so that the last line does not look like a sentence that goes on.
+    abstract = prose(7, 38).title()
     y = page.paragraph(50, 700, abstract, width=480) - 14
     assert len(wrap(abstract, "Courier", 10, 480)[-1]) < 38
     columns = [prose(8, 60), prose(9, 60)]

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from megatron_vlm.config import RunConfig
+from megatron_vlm.config.schema import MixturePoint, SourceConfig, UntieConfig
 from megatron_vlm.data.build import build_dataset
+from megatron_vlm.data.tokenizer import byte_tokenizer
+from megatron_vlm.errors import DataError
 from megatron_vlm.training import datasets
 from megatron_vlm.training.datasets import (
     data_stream,
@@ -43,7 +46,7 @@ def config_of(train: Path, held_out: Path | None = None, **data: Any) -> RunConf
             "model": {"language": language},
             "training": {"train_iters": 1, "seq_length": 64, "global_batch_size": 1},
             "data": {
-                "train": str(train),
+                "train": {"train": {"path": str(train)}},
                 "validation": {} if held_out is None else {"held": str(held_out)},
                 **data,
             },
@@ -105,3 +108,82 @@ def test_threads_are_a_share_of_the_cores(
     monkeypatch.setattr(datasets, "usable_cores", lambda: usable)
     assert num_workers(config_of(Path("unused"))) == expected
     assert num_workers(config_of(Path("unused"), num_workers=5)) == 5
+
+
+def mixture(tmp_path: Path, **data: Any) -> RunConfig:
+    """Two sets of a hundred answers each, short ones and long ones."""
+    short = write(tmp_path, "short", ["a" * (i % 3 + 1) for i in range(100)])
+    long = write(tmp_path, "long", ["b" * (i % 9 + 40) for i in range(100)])
+    train: dict[str, dict[str, Any]] = {
+        "short": {"path": str(short)},
+        "long": {"path": str(long)},
+    }
+    for name, changes in data.pop("sources", {}).items():
+        train[name].update(changes)
+    config = config_of(short, **data)
+    sources = {name: SourceConfig(**given) for name, given in train.items()}
+    return config.model_copy(update={"data": config.data.model_copy(update={"train": sources})})
+
+
+def shares(config: RunConfig, rows: int) -> dict[str, tuple[int, int]]:
+    """(samples, tokens) of each source in the first rows of a run."""
+    stream = open_training_data(config).stream
+    found = {source.name: (0, 0) for source in stream.sources}
+    for row in stream.take(stream.start(), rows)[0]:
+        for number, length in zip(row.source.tolist(), row.length.tolist(), strict=True):
+            name = stream.sources[number].name
+            found[name] = (found[name][0] + 1, found[name][1] + length)
+    return found
+
+
+def test_weights_are_shares_of_tokens_or_samples(tmp_path: Path) -> None:
+    weights = {"short": {"weight": 3.0}, "long": {"weight": 1.0}}
+    found = shares(mixture(tmp_path, sources=weights), 300)
+    assert found["short"][1] / found["long"][1] == pytest.approx(3, rel=0.05)
+    (tmp_path / "other").mkdir()
+    config = mixture(tmp_path / "other", sources=weights, mixture_unit="samples")
+    found = shares(config, 300)
+    assert found["short"][0] / found["long"][0] == pytest.approx(3, rel=0.05)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "samples"])
+def test_without_weights_epochs_end_together(tmp_path: Path, unit: str) -> None:
+    sources = {"short": {"repeat": 2.0, "max_epochs": 4.0}, "long": {"max_epochs": 2.0}}
+    config = mixture(tmp_path, sources=sources, mixture_unit=unit)
+    stream = open_training_data(config).stream
+    rows, cursor = stream.take(stream.start(), 10_000)
+    counts = dict.fromkeys(("short", "long"), 0)
+    halfway = None
+    for row in rows:
+        for number in row.source.tolist():
+            counts[stream.sources[number].name] += 1
+        if halfway is None and sum(counts.values()) >= 300:
+            halfway = dict(counts)
+    assert counts == {"short": 400, "long": 200}
+    assert halfway is not None
+    assert halfway["short"] == pytest.approx(200, abs=25)
+
+
+def test_a_schedule_anneals(tmp_path: Path) -> None:
+    point = MixturePoint(tokens=3000, weights={"long": 1.0})
+    config = mixture(tmp_path)
+    data = config.data.model_copy(update={"schedule": (point,)})
+    config = config.model_copy(update={"data": data})
+    before, after = shares(config, 100), shares(config, 300)
+    assert before["short"] == after["short"]
+    assert after["long"][0] > before["long"][0] + 100
+
+
+def test_sets_of_different_tokenizers_do_not_mix(tmp_path: Path) -> None:
+    config = mixture(tmp_path)
+    other = write(tmp_path, "knots", ["a"], tokenizer=byte_tokenizer().with_knots())
+    sources = {**config.data.train, "knots": SourceConfig(path=str(other))}
+    mixed = config.model_copy(update={"data": config.data.model_copy(update={"train": sources})})
+    with pytest.raises(DataError, match="another tokenizer"):
+        open_training_data(mixed)
+
+
+def test_only_documents_are_untied(tmp_path: Path) -> None:
+    sources = {"short": {"untie": UntieConfig(probability=1.0)}}
+    with pytest.raises(DataError, match=r"data\.train\.short\.untie: .* learned throughout"):
+        open_training_data(mixture(tmp_path, sources=sources))

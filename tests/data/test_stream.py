@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.mixture import Phase
-from megatron_vlm.data.stream import Cursor, Row, RowStream
+from megatron_vlm.data.rows import Cursor, Row
+from megatron_vlm.data.stream import RowStream
 from tests.data.samples import index_of, row_facts, rows_of, stream_of
 
 pytestmark = pytest.mark.unit

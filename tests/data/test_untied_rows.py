@@ -17,8 +17,9 @@ from megatron_vlm.data.index import DatasetIndex, open_dataset
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
 from megatron_vlm.data.mixture import Phase
 from megatron_vlm.data.plan import plan_step
+from megatron_vlm.data.rows import Cursor
 from megatron_vlm.data.sample_set import SampleSet
-from megatron_vlm.data.stream import Cursor, RowStream, Source
+from megatron_vlm.data.stream import RowStream, Source
 from megatron_vlm.data.tokenizer import byte_tokenizer
 from megatron_vlm.data.untie import UntieSettings, layout_row
 from megatron_vlm.errors import DataError

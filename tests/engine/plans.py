@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_vlm.data.plan import MicroBatchPlan, PicturePlan, Row, StepPlan
+from megatron_vlm.data.plan import MicroBatchPlan, PicturePlan, StepPlan
+from megatron_vlm.data.rows import Row
 from megatron_vlm.topology.layout import Layout
 
 

@@ -22,7 +22,7 @@ from megatron_vlm.data.decoders import CpuDecoder
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
 from megatron_vlm.data.look.entries import entry_id, read_entry
 from megatron_vlm.data.pictures import cut
-from megatron_vlm.data.plan import untied_layout
+from megatron_vlm.data.row_table import untied_layout
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.data.untie import Slice
 from megatron_vlm.training.datasets import OpenData, open_training_data
