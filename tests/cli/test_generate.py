@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.cli.main import main
-from megatron_vlm.data import source
+from megatron_vlm.data.sources import media
 from megatron_vlm.platform import World
 from tests.ranks import run_ranks
 from tests.training_case import recipe, train_case
@@ -76,7 +76,7 @@ def test_what_is_wrong_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(source, "MAX_ENCODED_BYTES", 15)
+    monkeypatch.setattr(media, "MAX_ENCODED_BYTES", 15)
     large = tmp_path / "large.png"
     large.write_bytes(bytes(16))
     given = [str(large) if word == "LARGE" else word for word in words]

@@ -117,8 +117,8 @@ def test_bad_samples_are_listed_and_the_rest_is_built(tmp_path: Path) -> None:
         "'none.png': no such file": entry("q", "a", ["none.png"]),
         "'pipe.png': no such file": entry("q", "a", ["pipe.png"]),
         "cannot be read": entry("q", "a", ["nul\0.png"]),
-        "'cut.png': picture is damaged": entry("q", "a", ["cut.png"]),
-        "'text.png': picture is damaged": entry("q", "a", ["text.png"]),
+        "'cut.png': picture cannot be decoded": entry("q", "a", ["cut.png"]),
+        "'text.png': picture cannot be decoded": entry("q", "a", ["text.png"]),
         "'thin.png': picture of 1x300": entry("q", "a", ["thin.png"]),
         "1 <image> marks but 2 pictures": entry("<image>", "a", ["good.png", "good.png"]),
         "both are given": entry("q", "a", ["good.png"], image="good.png"),
@@ -186,7 +186,7 @@ def test_rejections_are_alike_in_every_run(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     build(tmp_path, [entry("q", "a", ["text.png"]), entry("q", "a")])
     assert rejections(tmp_path)[0].startswith(
-        "image 'text.png': picture is damaged: its beginning is that of no known format"
+        "image 'text.png': picture cannot be decoded: its beginning is that of no known format"
     )
     assert "0x" not in rejections(tmp_path)[0]
 

@@ -34,9 +34,9 @@ def _pairs(batch: MicroBatch) -> torch.Tensor:
     """[pairs, 2] neighbouring real segments of a row: the first is preferred."""
     pairs, segment = [], 0
     for row in batch.plan.rows:
-        count = len(row.segments)
+        count = len(row.sample)
         pairs += [(segment + i, segment + i + 1) for i in range(0, count - 1, 2)]
-        used = sum(part.padded for part in row.segments)
+        used = int(row.padded.sum())
         length = batch.plan.num_tokens // len(batch.plan.rows)
         segment += count + (1 if used < length else 0)
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
