@@ -143,7 +143,7 @@ def examine() -> Iterator[Part]:
             "DALI",
             False,
             lambda: _import("nvidia.dali", "nvidia-dali-cuda130"),
-            "nothing is lost yet: Pillow decodes pictures on the CPU, with DALI too",
+            "pictures are decoded on the CPU, or by nvJPEG where torchvision is",
         ),
         ("MPI (mpi4py)", False, _mpi4py, "ranks cannot be started by mpirun; torchrun still works"),
         ("MPI launcher", False, _mpi_launcher, "mpirun is not available; torchrun still works"),
