@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vlm.cli.data_source import Opened, add_source, open_source, positive
+from megatron_vlm.cli.arguments import positive
+from megatron_vlm.cli.data_source import Opened, add_source, open_source
 
 if TYPE_CHECKING:
     from megatron_vlm.data.rows import Cursor

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vlm.cli.arguments import positive
+
 if TYPE_CHECKING:
     from megatron_vlm.config.schema import RunConfig
     from megatron_vlm.training.datasets import OpenData
@@ -51,17 +53,6 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", metavar="N", type=int, help="training.seed=N: decides the order of samples"
     )
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
-    return number
 
 
 def open_source(args: argparse.Namespace, refuse_long: bool) -> Opened:

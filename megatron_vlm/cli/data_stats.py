@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlm.cli.data_source import Opened, add_source, open_source, positive
+from megatron_vlm.cli.arguments import positive
+from megatron_vlm.cli.data_source import Opened, add_source, open_source
 
 if TYPE_CHECKING:
     from rich.console import Console

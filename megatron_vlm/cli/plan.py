@@ -7,6 +7,8 @@ import json
 import math
 from typing import TYPE_CHECKING
 
+from megatron_vlm.cli.arguments import positive
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -38,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for example training.seq_length=8192"
     )
-    parser.add_argument("--nproc", type=_positive, metavar="N", help="processes, one a device")
-    parser.add_argument("--nodes", type=_positive, metavar="N", help="machines (default: 1)")
+    parser.add_argument("--nproc", type=positive, metavar="N", help="processes, one a device")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="machines (default: 1)")
     parser.add_argument(
         "--gpus-per-node",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="processes on each machine, instead of --nproc",
     )
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sample-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="length of a sample, which context parallelism's mask grows with (default: a row)",
     )
@@ -96,16 +98,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(plan)
     return 0
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
-    return number
 
 
 def _at_least_one(text: str) -> float:

@@ -15,11 +15,9 @@ from megatron_vlm.data.draft import Draft, Medium
 from megatron_vlm.data.geometry import check_sizes
 from megatron_vlm.data.ordered import Reserve
 from megatron_vlm.data.pictures import check_picture
+from megatron_vlm.data.sources.media import MAX_ENCODED_BYTES
 from megatron_vlm.data.video import VideoSample, sample_video
 from megatron_vlm.errors import DataError
-
-MAX_ENCODED_BYTES = 512 * 2**20
-"""Most bytes of encoded media that one sample may have. Our choice."""
 
 MAX_ENTRY_BYTES = 4 * MAX_ENCODED_BYTES
 """Most of them that the samples of one entry may have together. Our choice."""
