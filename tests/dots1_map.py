@@ -7,6 +7,7 @@ decoder and whatever else claims to know Hugging Face's names.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,7 +160,11 @@ def _split_qkv(
 
 
 def text_step(
-    rows: Sequence[Sequence[Sequence[int]]], seq_length: int, pad_multiple: int, pad: int = 0
+    rows: Sequence[Sequence[Sequence[int]]],
+    seq_length: int,
+    pad_multiple: int,
+    pad: int = 0,
+    pictures: Sequence[tuple[int, int, int]] = (),
 ) -> LoadedStep:
     """A step of one micro-batch on one replica, as the loader would hand it over.
 
@@ -168,6 +173,8 @@ def text_step(
         seq_length: tokens of a row; what its documents leave free becomes filler.
         pad_multiple: each document is padded to a multiple of this many tokens.
         pad: token id of padding.
+        pictures: first token, rows and columns of what has the positions of a picture, though it
+            is text.
     """
     from megatron_vlm.data.collate import TextBatch, structure
     from megatron_vlm.data.loader import LoadedStep
@@ -192,7 +199,13 @@ def text_step(
             members.append((length, space))
             used += space
         planned.append(members)
-    plan = laid_out(planned, seq_length)
+    plan = replace(
+        laid_out(planned, seq_length),
+        picture_spans=np.array(
+            [(start, high * wide) for start, high, wide in pictures], np.int64
+        ).reshape(-1, 2),
+        picture_columns=np.array([wide for _, _, wide in pictures], np.int64),
+    )
     lengths = [length for members in planned for length, _ in members]
     step = StepPlan(
         first_row=0,

@@ -154,6 +154,13 @@ class LanguageConfig(_Section):
     """Rotate neighbouring channels as pairs, instead of the two halves. DeepSeek-V3: true."""
     rope_scaling: RopeScalingConfig | None = None
     """Stretches the rotary embedding to longer samples; null: not at all. dots.llm1: null."""
+    mrope_section: tuple[int, int, int] | None = None
+    """Channel pairs that rotate by time, by height and by width (M-RoPE): tokens of a picture have
+    a row and a column. Null: all rotate by the place in the sample, as dots.vlm1's and Seed1.5-VL's
+    do. Qwen2-VL: [16, 24, 24]."""
+    mrope_interleaved: bool = False
+    """Deal those pairs out in turn, so that each of the three has fast and slow ones, instead of
+    section by section. Qwen2-VL: false. Qwen3-VL: true."""
     layernorm_epsilon: float = Field(1e-5, gt=0)
     """Epsilon of the RMS norms. dots.llm1: 1e-5."""
     qk_layernorm: bool = True
@@ -220,6 +227,7 @@ class LanguageConfig(_Section):
         if self.rotary_channels % 2:
             field = "qk_pos_emb_head_dim" if self.multi_latent_attention else "kv_channels"
             raise ValueError(f"{field} {self.rotary_channels} must be even (rotary embedding)")
+        self._check_sections()
         if self.num_attention_heads % self.query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -245,6 +253,25 @@ class LanguageConfig(_Section):
                 "embeddings, or set mtp_num_layers to null"
             )
         return self
+
+    def _check_sections(self) -> None:
+        if self.mrope_section is None:
+            if self.mrope_interleaved:
+                raise ValueError("mrope_interleaved is true without mrope_section; set that too")
+            return
+        pairs = self.rotary_channels // 2
+        if min(self.mrope_section) < 1 or sum(self.mrope_section) != pairs:
+            raise ValueError(
+                f"mrope_section {list(self.mrope_section)}: expected three numbers from 1 on that "
+                f"add up to the {pairs} channel pairs of a head with positions"
+            )
+        _, height, width = self.mrope_section
+        # Pairs 1, 4, 7, ... are the height's, 2, 5, 8, ... the width's.
+        if self.mrope_interleaved and (3 * height - 2 >= pairs or 3 * width - 1 >= pairs):
+            raise ValueError(
+                f"mrope_section {list(self.mrope_section)}: with mrope_interleaved height and "
+                f"width have at most every third of the {pairs} pairs each; give time more"
+            )
 
     def _check_latent(self) -> None:
         if self.query_groups != self.num_attention_heads:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.plan import MicroBatchPlan
+from megatron_vlm.data.positions import segment_positions
 from megatron_vlm.data.sample_set import SampleSet
 from megatron_vlm.errors import DataError
 
@@ -47,11 +48,9 @@ class TextBatch:
 
 def structure(plan: MicroBatchPlan) -> Structure:
     """Positions, padding and rows of a micro-batch, without reading any data."""
-    bounds = plan.cu_seqlens.astype(np.int64)
-    sizes = np.diff(bounds)
-    positions = np.arange(bounds[-1], dtype=np.int64) - np.repeat(bounds[:-1], sizes)
-    real = np.repeat(plan.segment_lengths.astype(np.int64), sizes)
-    seq_length = int(bounds[-1]) // len(plan.rows)
+    positions = segment_positions(plan.cu_seqlens)
+    real = np.repeat(plan.segment_lengths.astype(np.int64), np.diff(plan.cu_seqlens))
+    seq_length = plan.num_tokens // len(plan.rows)
     rows = np.repeat(np.arange(len(plan.rows), dtype=np.int64), seq_length)
     return Structure(
         position_ids=torch.from_numpy(positions),

@@ -66,6 +66,8 @@ class MicroBatchPlan:
     """Longest padded segment, in tokens."""
     picture_spans: NDArray[np.int64]
     """[pictures, 2] first token and number of tokens of each picture, ascending."""
+    picture_columns: NDArray[np.int64]
+    """[pictures] tokens along the width of each."""
 
     @property
     def num_tokens(self) -> int:
@@ -215,12 +217,13 @@ def plan_rows(
     for replica, groups in enumerate(places):
         planned = []
         for number, group in enumerate(groups):
-            parts = []
+            parts, columns = [], []
             for k, row in enumerate(group):
                 replica_of[row], micro_of[row] = replica, number
                 base_of[row] = k * stream.seq_length
-                part = spans[first_span[row] : first_span[row + 1]]
-                parts.append(part + (k * stream.seq_length, 0) if k else part)
+                here = slice(first_span[row], first_span[row + 1])
+                parts.append(spans[here] + (k * stream.seq_length, 0) if k else spans[here])
+                columns.append(pictures.columns[here])
             padded, lengths, documents = segments.of_rows(group)
             bounds = np.zeros(len(padded) + 1, np.int32)
             np.cumsum(padded, out=bounds[1:])
@@ -232,6 +235,7 @@ def plan_rows(
                     documents=documents,
                     max_seqlen=int(padded.max()),
                     picture_spans=np.concatenate(parts) if len(parts) > 1 else parts[0],
+                    picture_columns=np.concatenate(columns) if len(parts) > 1 else columns[0],
                 )
             )
         micro_batches.append(tuple(planned))

@@ -27,6 +27,8 @@ class Pictures:
     """First token within the row."""
     grid_h: NDArray[np.int64]
     grid_w: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    """Language tokens along the width."""
     tokens: NDArray[np.int64]
 
 
@@ -155,12 +157,13 @@ def find_pictures(stream: RowStream, table: Table) -> Pictures:
                 (start[document] + inside)[kept],
                 shapes.grid_h[kept],
                 shapes.grid_w[kept],
+                shapes.columns[kept],
                 shapes.tokens[kept],
             )
         )
     if not parts:
-        return Pictures(*(np.zeros(0, np.int64) for _ in range(9)))
-    columns_of = [np.concatenate([part[i] for part in parts]) for i in range(9)]
+        return Pictures(*(np.zeros(0, np.int64) for _ in range(10)))
+    columns_of = [np.concatenate([part[i] for part in parts]) for i in range(10)]
     order = np.lexsort((columns_of[4], columns_of[1]))
     return Pictures(*(column[order] for column in columns_of))
 

@@ -45,6 +45,8 @@ class PictureShapes:
     """Patches along the height."""
     grid_w: NDArray[np.int64]
     """Patches along the width."""
+    columns: NDArray[np.int64]
+    """Language tokens along the width."""
     tokens: NDArray[np.int64]
     """Language tokens."""
 
@@ -163,13 +165,14 @@ class SampleSet:
     ) -> PictureShapes:
         if self.vision is None:
             none = np.zeros(0, np.int64)
-            return PictureShapes(none, none, none)
+            return PictureShapes(none, none, none, none)
         try:
             sizes = target_sizes(heights, widths, self.vision, caps)
         except DataError as error:
             raise DataError(f"{self.index.path}: {error}") from error
         grid_h, grid_w = grid(*sizes, self.vision)
-        return PictureShapes(grid_h, grid_w, num_image_tokens(grid_h, grid_w, self.vision))
+        columns = grid_w // self.vision.spatial_merge_size
+        return PictureShapes(grid_h, grid_w, columns, num_image_tokens(grid_h, grid_w, self.vision))
 
     def _lengths(self) -> NDArray[np.int32]:
         columns, count = self.index.columns, self.index.num_samples

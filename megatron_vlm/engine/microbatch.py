@@ -10,6 +10,7 @@ import torch
 
 from megatron_vlm.data.collate import Structure, TextBatch, structure
 from megatron_vlm.data.plan import MicroBatchPlan
+from megatron_vlm.data.positions import multimodal_positions
 from megatron_vlm.engine.zigzag import gathered_order, local_tokens
 from megatron_vlm.models.language.packing import ContextParallelRows, PackedRows
 from megatron_vlm.topology.mesh import Topology
@@ -58,6 +59,7 @@ def build_micro_batch(
     topology: Topology,
     balance_weight: float,
     predict_ahead: bool = False,
+    multimodal: bool = False,
 ) -> MicroBatch:
     """Cut a planned micro-batch to this rank's context-parallel part and move it to its device.
 
@@ -67,6 +69,7 @@ def build_micro_batch(
         topology: this rank's place.
         balance_weight: weight of one row's balance loss in this step.
         predict_ahead: whether the token after the next is predicted too.
+        multimodal: whether pictures' tokens have positions in three dimensions.
     """
     layout, device = topology.layout, topology.device
     cu_seqlens = plan.cu_seqlens
@@ -85,6 +88,10 @@ def build_micro_batch(
         position_ids=known.position_ids[mine].to(device),
         balance_weight=balance_weight,
     )
+    if multimodal:
+        places = multimodal_positions(cu_seqlens, plan.picture_spans, plan.picture_columns)
+        rows.rotary_positions = torch.from_numpy(places).to(device)
+        rows.rotary_ids = torch.from_numpy(mine).to(device)
     if layout.cp > 1:
         order = gathered_order(cu_seqlens, layout.cp)
         rows.context = ContextParallelRows(

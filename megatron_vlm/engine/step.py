@@ -157,7 +157,14 @@ class TrainStep:
         rows = sum(len(plan.rows) for plan in plans) * self.topology.layout.dp
         weight = self.config.model.language.moe_aux_loss_coeff / rows
         return [
-            build_micro_batch(plan, text, self.topology, weight, self.objective.predicts_ahead)
+            build_micro_batch(
+                plan,
+                text,
+                self.topology,
+                weight,
+                predict_ahead=self.objective.predicts_ahead,
+                multimodal=self.config.model.language.mrope_section is not None,
+            )
             for plan, text in zip(plans, data.texts, strict=True)
         ]
 

@@ -7,7 +7,7 @@ forward pass: no cache of keys and values, so exactly the code that trains is wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +21,7 @@ from megatron_vlm.config import ParallelConfig, RecomputeConfig, RunConfig, load
 from megatron_vlm.data.chat import encode_prompt
 from megatron_vlm.data.geometry import grid, num_image_tokens, target_size
 from megatron_vlm.data.pictures import decode_picture, patches
+from megatron_vlm.data.positions import multimodal_positions, segment_positions
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.initialize import initialize
@@ -55,6 +56,10 @@ class _Prompt:
     """[picture tokens, hidden]."""
     places: NDArray[np.int64]
     """[picture tokens] where they stand in `ids`."""
+    counts: list[int] = field(default_factory=list)
+    """Tokens of each picture."""
+    columns: list[int] = field(default_factory=list)
+    """Tokens along the width of each."""
 
 
 class Answerer:
@@ -202,6 +207,7 @@ class Answerer:
         hidden = self.config.model.language.hidden_size
         features = torch.zeros(0, hidden)
         counts: list[int] = []
+        widths: list[int] = []
         if question.pictures:
             if vision is None or encoder is None:
                 raise DataError("the model has no encoder; expected a question without pictures")
@@ -216,6 +222,7 @@ class Answerer:
                 pixels.append(torch.from_numpy(patches(image, rows, columns, vision)))
                 grids.append((rows, columns))
                 counts.append(num_image_tokens(rows, columns, vision))
+                widths.append(columns // vision.spatial_merge_size)
             parameter = next(encoder.parameters())
             features = encoder(
                 torch.cat(pixels).to(parameter), torch.tensor(grids, device=parameter.device)
@@ -227,7 +234,7 @@ class Answerer:
                 f"the prompt has {len(expanded)} tokens with its pictures; expected fewer than "
                 f"max_position_embeddings {limit}: use smaller pictures or a shorter text"
             )
-        return _Prompt(expanded, features, places)
+        return _Prompt(expanded, features, places, counts, widths)
 
     def _decode(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> list[str]:
         ends = {self.tokenizer.eos_id, self.tokenizer.special("<|end|>")}
@@ -263,8 +270,10 @@ class Answerer:
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
-            position_ids=torch.cat([torch.arange(n) for n in lengths]).to(device),
+            position_ids=torch.from_numpy(segment_positions(bounds)).to(device),
         )
+        if self.config.model.language.mrope_section is not None:
+            self._add_positions(rows, prompts, bounds)
         places = [p.places + start for p, start in zip(prompts, bounds, strict=False)]
         ids = torch.tensor(tokens, device=device).unsqueeze(0)
         features = torch.cat([p.features.to(device) for p in prompts])
@@ -278,6 +287,26 @@ class Answerer:
             packed_seq_params=rows,
         )
         return hidden[0], bounds
+
+    def _add_positions(
+        self, rows: PackedRows, prompts: list[_Prompt], bounds: NDArray[np.int64]
+    ) -> None:
+        spans = []
+        for prompt, start in zip(prompts, bounds.tolist(), strict=False):
+            first = np.cumsum([0, *prompt.counts])[:-1]
+            spans += [
+                (start + int(prompt.places[place]), count)
+                for place, count in zip(first, prompt.counts, strict=True)
+            ]
+        columns = [column for prompt in prompts for column in prompt.columns]
+        found = multimodal_positions(
+            bounds,
+            np.asarray(spans, np.int64).reshape(-1, 2),
+            np.asarray(columns, np.int64),
+        )
+        device = self.topology.device
+        rows.rotary_positions = torch.from_numpy(found).to(device)
+        rows.rotary_ids = torch.arange(found.shape[1], device=device)
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[tokens, vocabulary]` of states `[tokens, hidden]`."""

@@ -64,6 +64,7 @@ def laid_out(rows: Sequence[Sequence[tuple[int, int]]], row_tokens: int) -> Micr
         documents=np.asarray(documents, dtype=np.int32),
         max_seqlen=max(padded),
         picture_spans=np.zeros((0, 2), dtype=np.int64),
+        picture_columns=np.zeros(0, dtype=np.int64),
     )
 
 

@@ -5,6 +5,7 @@ Ours sees documents packed into rows, through the engine's own step; theirs sees
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -88,7 +89,12 @@ def test_loss_and_gradients_match_transformers(case: str) -> None:
         assert (found - expected).norm() <= TOLERANCE * expected.norm(), name
 
 
-def our_step(world: World, language: LanguageConfig, rows: list) -> dict[str, Any]:
+def our_step(
+    world: World,
+    language: LanguageConfig,
+    rows: list,
+    pictures: Sequence[tuple[int, int, int]] = (),
+) -> dict[str, Any]:
     """Losses, weights and gradients of one step of ours in float64, from random weights."""
     # Here and not at the top: these import the engine, which must stay out of test collection.
     from megatron_vlm.engine.objective import build_objective
@@ -117,7 +123,7 @@ def our_step(world: World, language: LanguageConfig, rows: list) -> dict[str, An
     trainable = make_trainable(model, config)
     objective = build_objective("next_token", topology, config.model)
     step = TrainStep(config, topology, model, objective, chunks=list(trainable.chunks))
-    result = step.train(text_step(rows, SEQ_LENGTH, pad_multiple=4))
+    result = step.train(text_step(rows, SEQ_LENGTH, pad_multiple=4, pictures=pictures))
     gradients = {name: value.main_grad.clone() for name, value in weights.items()}
     destroy_topology()
     stop()

@@ -132,3 +132,13 @@ def test_no_groups_of_experts() -> None:
     ]
     assert models[0] == models[1] == models[2]
     assert models[0].language.moe_router_num_groups is None
+
+
+@pytest.mark.parametrize("name", ["dots1", "deepseek_v3", "dots_vlm", "dots_ocr"])
+def test_no_family_has_multimodal_rotary(name: str) -> None:
+    """Not even our own classes: their decoders are transformers'."""
+    _, model = read_model(dict(CONFIGS[name]), "config.json")
+    pairs = model.language.rotary_channels // 2
+    language = model.language.model_copy(update={"mrope_section": (pairs - 2, 1, 1)})
+    with pytest.raises(ConversionError, match="model.language.mrope_section is "):
+        family_for(model.model_copy(update={"language": language}))

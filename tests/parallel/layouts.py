@@ -109,4 +109,17 @@ LAYOUTS: dict[str, Layout] = {
         4, *DEEPSEEK, pp=2, vpp=2, ep=2, overlap=True, stages="Et|t|tt|L", quick=True
     ),
     "deepseek_dp2_pp2_cp2": _layout(8, *DEEPSEEK, pp=2, cp=2),
+    # Positions of pictures' tokens in three dimensions, which each rank finds for its part.
+    "mrope_tp2_cp2": _layout(4, "model.language.mrope_section=[2,3,3]", tp=2, cp=2, quick=True),
+    "mrope_deepseek_cp2_pp2_vpp2": _layout(
+        4, *DEEPSEEK, "model.language.mrope_section=[2,1,1]", cp=2, pp=2, vpp=2, quick=True
+    ),
+    "mrope_ep2_overlap_mbs2": _layout(
+        2,
+        "model.language.mrope_section=[4,2,2]",
+        "model.language.mrope_interleaved=true",
+        ep=2,
+        overlap=True,
+        mbs=2,
+    ),
 }

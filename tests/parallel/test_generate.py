@@ -40,6 +40,37 @@ def _answers(world: World, run_dir: Path, together: bool) -> list[str]:
         return [answerer.answer([question], max_new_tokens=16)[0] for question in questions]
 
 
+def _positions(world: World, run_dir: Path) -> list[list[int]]:
+    from megatron_vlm.evaluation.generate import Answerer, Question
+
+    seen = []
+    with Answerer.from_checkpoint(run_dir) as answerer:
+        (decoder,) = answerer.model.chunks
+        decoder.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["packed_seq_params"].rotary_positions),
+            with_kwargs=True,
+        )
+        questions = [
+            Question("ab<image>", (_picture(56, 84),)),
+            Question("<image><image>", (_picture(28, 56), _picture(56, 28))),
+        ]
+        answerer.answer(questions, max_new_tokens=1)
+    return seen[0].tolist()
+
+
+@pytest.mark.distributed
+def test_questions_have_positions_in_three_dimensions(nano_data: Path, tmp_path: Path) -> None:
+    words = ("training.train_iters=2", "model.language.mrope_section=[2,3,3]")
+    train_case(recipe(nano_data, tmp_path / "run", *words), 1)
+    (found,) = run_ranks(1, _positions, tmp_path / "run")
+    # <|user|> a b, six of a picture of 2 x 3, <|end|> <|assistant|>; then with two pictures.
+    first = ([0, 1, 2] + [3] * 6 + [6, 7], [0, 1, 2] + [3] * 3 + [4] * 3 + [6, 7])
+    second = ([0, 1, 1, 3, 3, 5, 6], [0, 1, 1, 3, 4, 5, 6])
+    assert found[0] == first[0] + second[0]
+    assert found[1] == first[1] + second[1]
+    assert found[2] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7] + [0, 1, 2, 3, 3, 5, 6]
+
+
 @pytest.mark.distributed
 def test_answers_do_not_depend_on_the_layout(nano_data: Path, tmp_path: Path) -> None:
     answers = {}

@@ -65,6 +65,7 @@ def decoder_layers(world: World, cases: list[tuple[RunConfig, list[int]]]) -> li
             documents=np.arange(len(lengths), dtype=np.int32),
             max_seqlen=max(lengths),
             picture_spans=np.zeros((0, 2), dtype=np.int64),
+            picture_columns=np.zeros(0, dtype=np.int64),
         )
         batch = build_micro_batch(plan, None, topology, balance_weight=0.01)
         tokens = sum(lengths) // layout.cp // (layout.tp if layout.sequence_parallel else 1)

@@ -176,6 +176,7 @@ def write_traits(language: LanguageConfig, architecture: str) -> dict[str, Any]:
     traits = Traits(language, "model.language", architecture)
     if not language.multi_latent_attention:
         raise traits.refusal("kv_lora_rank", "compressed keys and values")
+    traits.need("mrope_section", None)
     return {
         **write_sizes(language),
         "num_attention_heads": language.num_attention_heads,

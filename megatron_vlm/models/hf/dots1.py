@@ -103,6 +103,7 @@ def write_config(language: LanguageConfig) -> dict[str, Any]:
     traits.need("qk_layernorm", True)
     traits.need("add_qkv_bias", False)
     traits.need("rotary_interleaved", False)
+    traits.need("mrope_section", None)
     traits.need("mtp_num_layers", None)
     return {
         **write_sizes(language),

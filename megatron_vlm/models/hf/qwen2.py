@@ -93,6 +93,7 @@ def write_config(language: LanguageConfig) -> dict[str, Any]:
     traits.need("qk_layernorm", False)
     traits.need("add_qkv_bias", True)
     traits.need("rotary_interleaved", False)
+    traits.need("mrope_section", None)
     traits.need("mtp_num_layers", None)
     return {
         **write_sizes(language),

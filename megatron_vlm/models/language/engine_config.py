@@ -180,9 +180,11 @@ def _fusion_options(language: LanguageConfig, dtype: torch.dtype) -> dict[str, A
     apex_wgrad = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return {
         "gradient_accumulation_fusion": torch.cuda.is_available() and apex_wgrad,
-        # The fused one knows no factor on cosines and sines, and multi-latent attention none.
+        # The fused one knows no factor on cosines and sines and no angle but the position's, and
+        # multi-latent attention none.
         "apply_rope_fusion": engine_layers
         and rotary_factor(language) == 1
+        and language.mrope_section is None
         and not language.multi_latent_attention,
         "moe_permute_fusion": engine_layers,
         "bias_activation_fusion": False,

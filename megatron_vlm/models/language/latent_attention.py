@@ -132,8 +132,9 @@ class LatentAttention(MegatronModule):
         Args:
             hidden_states: `[tokens / cp (/ tp under sequence parallelism), 1, hidden]`.
             attention_mask: unused; segments say who sees whom.
-            rotary_pos_emb: angles by position, `[positions, 1, 1, channels]`.
-            packed_seq_params: segments and positions of this context-parallel rank's tokens.
+            rotary_pos_emb: angles, `[positions or tokens, 1, 1, channels]`.
+            packed_seq_params: segments of this context-parallel rank's tokens, and the angle of
+                each.
 
         Returns:
             The shape of `hidden_states`, and no bias.
@@ -164,7 +165,8 @@ class LatentAttention(MegatronModule):
         pairs = table.flatten(1)
         interleaved = self.language.rotary_interleaved
         pairs = pairs[:, ::2] if interleaved else pairs[:, : pairs.size(1) // 2]
-        return pairs.index_select(0, rows.position_ids)
+        ids = rows.position_ids if rows.rotary_ids is None else rows.rotary_ids
+        return pairs.index_select(0, ids)
 
     def _expand(
         self, hidden: torch.Tensor, angles: torch.Tensor

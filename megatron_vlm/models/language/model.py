@@ -15,7 +15,7 @@ from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.models.language.mtp import MultiTokenPrediction
 from megatron_vlm.models.language.packing import PackedRows
 from megatron_vlm.models.language.provider import choose_provider
-from megatron_vlm.models.language.rotary import inverse_frequencies
+from megatron_vlm.models.language.rotary import inverse_frequencies, multimodal_angles
 from megatron_vlm.models.language.spec import decoder_spec
 from megatron_vlm.topology.layout import Layout
 
@@ -69,6 +69,7 @@ class LanguageModel(GPTModel):
         self.rotary_pos_emb.inv_freq = inverse_frequencies(
             language, self.rotary_pos_emb.inv_freq.device
         )
+        self.language = language
         self.multi_token: MultiTokenPrediction | None = None
         if language.mtp_num_layers is not None:
             self._add_prediction(language, config, provider, predicts_ahead)
@@ -151,6 +152,18 @@ class LanguageModel(GPTModel):
             entry = state[f"{prefix}embedding.word_embeddings.weight"]
             entry.replica_id = (1, *entry.replica_id[1:])
         return state
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = super()._preprocess(*args, **kwargs)
+        rows = kwargs.get("packed_seq_params")
+        if not isinstance(rows, PackedRows) or rows.rotary_positions is None:
+            return found
+        # An angle for every token of the micro-batch. The engine knows a table of that length to
+        # be one, and cuts it for context parallelism as it cuts the segments.
+        angles = multimodal_angles(
+            self.language, rows.rotary_positions, self.rotary_pos_emb.inv_freq
+        )
+        return found[0], angles, *found[2:]
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.get("packed_seq_params")

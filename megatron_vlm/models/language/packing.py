@@ -35,6 +35,11 @@ class PackedRows(PackedSeqParams):
     """`[rows]` real tokens of each row over all ranks."""
     position_ids: torch.Tensor | None = None
     """`[tokens / cp]` position of each token inside its segment."""
+    rotary_positions: torch.Tensor | None = None
+    """`[3, tokens]` time, height and width of every token of the micro-batch, those of other
+    context-parallel ranks included; null where they rotate by `position_ids`."""
+    rotary_ids: torch.Tensor | None = None
+    """`[tokens / cp]` place of each token in those of the micro-batch; null with them."""
     next_tokens: torch.Tensor | None = None
     """`[1, tokens / cp]` the token after each in its segment; only where one more is predicted."""
     balance_weight: float = 0.0

@@ -30,6 +30,35 @@ def inverse_frequencies(language: LanguageConfig, device: torch.device | None = 
     return stretched * (1 - kept) + own * kept
 
 
+def multimodal_angles(language: LanguageConfig, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Angles of M-RoPE: each channel pair turns by the token's time, height or width.
+
+    As published in the modelling codes of Qwen2-VL (section by section) and Qwen3-VL (in turn).
+
+    Args:
+        language: the decoder; its `mrope_section` is set.
+        positions: int64 `[3, tokens]`: time, height and width.
+        frequencies: float32 `[pairs]`, as `inverse_frequencies` gives them.
+
+    Returns:
+        float32 `[tokens, 1, 1, 2 * pairs]`, every angle twice, in the order of the engine's tables.
+    """
+    section = language.mrope_section
+    assert section is not None
+    dimension = torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    if language.mrope_interleaved:
+        dimension = torch.zeros_like(dimension)
+        for number in (1, 2):
+            dimension[number : 3 * section[number] : 3] = number
+    turning = positions.to(frequencies).index_select(0, dimension.to(positions.device))
+    angles = turning.t() * frequencies
+    if language.rotary_interleaved:
+        angles = angles.repeat_interleave(2, dim=1)
+    else:
+        angles = torch.cat([angles, angles], dim=1)
+    return angles[:, None, None, :]
+
+
 def rotary_factor(language: LanguageConfig) -> float:
     """What cosines and sines are multiplied with: YaRN's attention temperature."""
     scaling = language.rope_scaling
