@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,22 +115,29 @@ class PictureFetch:
         """Pictures of a task each: a video's frames together, others as many as the decoder takes
         at once."""
 
-        def video(place: int) -> tuple[int, int, int]:
-            picture = self._pictures[place]
+        frames: list[list[int]] = []
+        stills: list[int] = []
+        last: tuple[int, int, int] | None = None
+        last_pts = 0
+        for place, picture in enumerate(self._pictures):
             columns = self._readers[picture.source].index.columns
             number = self._place_in_index(picture)
-            return (
-                picture.source,
-                int(columns.picture_shard[number]),
-                int(columns.picture_offset[number]),
-            )
-
-        frames = [place for place in range(len(self._pictures)) if self._is_frame(place)]
-        stills = [place for place in range(len(self._pictures)) if not self._is_frame(place)]
+            pts = int(columns.picture_pts[number])
+            if pts == STILL:
+                stills.append(place)
+                continue
+            shard, offset = int(columns.picture_shard[number]), int(columns.picture_offset[number])
+            # Samples may share a video, one may be drawn twice in a step, or show it twice.
+            video = picture.document, shard, offset
+            if video == last and pts > last_pts:
+                frames[-1].append(place)
+            else:
+                frames.append([place])
+            last, last_pts = video, pts
         at_once = 1 if self._decoder.device.type == "cpu" else _AT_ONCE_ON_A_DEVICE
-        groups = [list(members) for _, members in groupby(frames, key=video)]
-        groups += [stills[first : first + at_once] for first in range(0, len(stills), at_once)]
-        return groups
+        return frames + [
+            stills[first : first + at_once] for first in range(0, len(stills), at_once)
+        ]
 
     def _stills(self, group: list[int]) -> list[DataError | None]:
         assert self._vision is not None
