@@ -42,6 +42,16 @@ template may have stripped white space."""
 _PROBE = (Turn("user", "question"), Turn("assistant", "answer"))
 
 
+def end_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
+    """Ids of the special tokens that end an answer: those of a template, or the built-in ones.
+
+    Raises:
+        DataError: the template ends answers with none.
+    """
+    ends = template.end_ids if template is not None else {tokenizer.special("end")}
+    return frozenset({tokenizer.eos_id, *ends})
+
+
 class ChatTemplate:
     """A template together with the tokenizer that it is for."""
 
@@ -70,6 +80,13 @@ class ChatTemplate:
             DataError: it cannot write a question and its answer with this tokenizer, cannot ask
                 for an answer, or cannot toggle thinking.
         """
+        for name, spelled in self.text.special_tokens.items():
+            pieces = self._tokenizer.split_template(spelled)
+            if len(pieces) != 1 or isinstance(pieces[0], str):
+                raise DataError(
+                    f"{self.text.name}: its {name} {spelled!r} is no special token of the "
+                    "tokenizer; give the model's own tokenizer.json with --tokenizer"
+                )
         self.write(_PROBE, lambda turn, _, text: [Text(text, _PROBE[turn].is_learned)])
         self.prompt("question")
         if thinking == "toggle":

@@ -52,7 +52,12 @@ class TemplateText:
         Raises:
             DataError: no template there, or one that names a special token that nothing spells.
         """
-        file = _find(path) if path.is_dir() else path
+        file = _file_in(path) if path.is_dir() else path
+        if file is None:
+            raise DataError(
+                f"{path}: has no {_JINJA_FILE}, no {TEMPLATE_FILE}, and no {_CONFIG_FILE} with a "
+                f"{_FIELD}; name a file or a folder that holds a chat template"
+            )
         if file.suffix == ".json":
             config = _read_config(file)
             source = _template_of(config.get(_FIELD))
@@ -78,6 +83,15 @@ class TemplateText:
         return cls(source, {key: spelled[key] for key in named if key in spelled}, str(path))
 
     @classmethod
+    def of_model(cls, folder: Path) -> TemplateText | None:
+        """The template of a model's folder, if it has one.
+
+        Raises:
+            DataError: as `load` does.
+        """
+        return None if _file_in(folder) is None else cls.load(folder)
+
+    @classmethod
     def from_json(cls, text: str, name: str) -> TemplateText:
         """From what `to_json` wrote; `name` is what errors call it.
 
@@ -101,19 +115,14 @@ class TemplateText:
         return sha256(self.to_json().encode())
 
 
-def _find(folder: Path) -> Path:
+def _file_in(folder: Path) -> Path | None:
     """The file of a folder that holds its template."""
     alone, config, kept = (folder / name for name in (_JINJA_FILE, _CONFIG_FILE, TEMPLATE_FILE))
     if alone.exists():
         return alone
     if config.exists() and _read_config(config).get(_FIELD) is not None:
         return config
-    if kept.exists():
-        return kept
-    raise DataError(
-        f"{folder}: has no {_JINJA_FILE}, no {TEMPLATE_FILE}, and no {_CONFIG_FILE} with a "
-        f"{_FIELD}; name a file or a folder that holds a chat template"
-    )
+    return kept if kept.exists() else None
 
 
 def _read(path: Path, most: int) -> str:
