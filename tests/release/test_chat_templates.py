@@ -24,6 +24,7 @@ from tests.data.samples import encoded, picture
 from tests.data.templates import ENDS, NAMED, SOURCES, of_transformers, tokenizer_of, write_model
 from tests.data.test_built_templates import CONVERSATIONS, said, write_conversations
 from tests.ranks import run_ranks
+from tests.release.folders import write_folder
 from tests.release.test_hub_models import run_outside
 from tests.training_case import recipe, train_case
 
@@ -151,6 +152,20 @@ def _command(_: World, words: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main(words)
     return code, out.getvalue()
+
+
+@pytest.mark.unit
+def test_an_import_brings_its_template(tmp_path: Path) -> None:
+    from megatron_vlm.release.importing import import_folder
+
+    folder = write_model(tmp_path / "model", "llama")
+    write_folder(folder, "qwen2")
+    found = import_folder(folder, tmp_path / "imported").checkpoint
+    assert read_template(found) == text_of("llama")
+    # What the documents say to build with.
+    assert TemplateText.load(found) == text_of("llama")
+    (folder / "chat_template.jinja").unlink()
+    assert read_template(import_folder(folder, tmp_path / "without").checkpoint) is None
 
 
 @pytest.mark.unit
