@@ -13,7 +13,9 @@ from megatron_vlm.checkpoint.folder import find_checkpoint
 from megatron_vlm.cli.main import main
 from megatron_vlm.config import load_recipe
 from megatron_vlm.data.build import build_dataset
-from megatron_vlm.data.chat import encode_conversation
+from megatron_vlm.data.chat import Turn, encode_conversation
+from megatron_vlm.data.chat_template import ChatTemplate
+from megatron_vlm.data.draft import Picture, Text, Tokens, Video
 from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError
@@ -24,6 +26,7 @@ from tests.data.samples import encoded, picture
 from tests.data.templates import ENDS, NAMED, SOURCES, of_transformers, tokenizer_of, write_model
 from tests.data.test_built_templates import CONVERSATIONS, said, write_conversations
 from tests.ranks import run_ranks
+from tests.release.commands import released
 from tests.release.folders import write_folder
 from tests.release.test_hub_models import run_outside
 from tests.training_case import recipe, train_case
@@ -152,6 +155,28 @@ def _command(_: World, words: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main(words)
     return code, out.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_release_is_verified_in_its_own_format(tmp_path: Path) -> None:
+    data = data_set(tmp_path, "qwen")
+    run_dir, folder = tmp_path / "run", tmp_path / "released"
+    train_case(recipe(tmp_path, run_dir, f"data.train={data}", *RUN, *WIDE))
+    words = ("--every-tokens", "1", "--licence", "apache-2.0", "--name", "nano")
+    code, out, err = released(run_dir, folder, *words)
+    assert code == 0, out + err
+    (template,) = folder.glob("*/chat_template.jinja")
+    assert template.read_text().endswith(SOURCES["qwen"])
+
+
+@pytest.mark.unit
+def test_videos_keep_their_places() -> None:
+    turns = [Turn("user", "<image>What <video>?"), Turn("assistant", "a cat")]
+    template = ChatTemplate(text_of("llama"), tokenizer_of("llama"))
+    parts = template.session_parts([turns], ["video", "image"], video_fps=2.0)
+    shown = [part for part in parts if not isinstance(part, Tokens)]
+    assert shown[2:6] == [Picture(1), Text("What ", False), Video(0, 2.0), Text("?", False)]
 
 
 @pytest.mark.unit
