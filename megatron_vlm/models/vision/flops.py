@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_vlm.config.schema import AdapterConfig, VisionConfig
+from megatron_vlm.config.model_schema import AdapterConfig, VisionConfig
 
 
 def encoder_flops(
