@@ -140,6 +140,7 @@ def write_set(folder: Path, samples: int) -> None:
         "kind": "conversation",
         "coordinates": {"convention": "relative"},
         "video": None,
+        "chat": {},
         "samples": samples,
         "pictures": samples,
         "content_sha256": "",
