@@ -78,7 +78,8 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     from megatron_vlm.training.loop import Run
 
     layout = resolve_layout(config, world.world_size)
-    training_set, held_out = open_training_data(config), open_held_out_data(config)
+    training_set = open_training_data(config)
+    held_out = open_held_out_data(config, training_set)
     topology = build_topology(layout, start_distributed(world))
     seen: list[dict[str, Any]] = []
     routing: list[dict[int, list[float]]] = []

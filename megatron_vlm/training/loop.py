@@ -78,7 +78,8 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     """
     world = world or detect_world()
     layout = resolve_layout(config, world.world_size)
-    data, held_out = open_training_data(config), open_held_out_data(config)
+    data = open_training_data(config)
+    held_out = open_held_out_data(config, data)
     # For its refusals, before there is a process group.
     chat_template(config, data, None)
     device = start_distributed(world)
