@@ -207,10 +207,14 @@ def _check_tokenizer(path: Path, tokenizer_json: str) -> None:
 
 def _check_trained(path: Path, state: dict[str, Any]) -> None:
     if "imported" in state:
-        raise CheckpointError(
-            f"{path} was imported and holds weights alone; start from it with "
-            f"checkpoint.load={path} checkpoint.load_optimizer=false, in a new run_dir"
-        )
+        raise CheckpointError(f"{path} was imported and holds weights alone; {_from_weights(path)}")
+
+
+def _from_weights(path: Path) -> str:
+    return (
+        f"start a new run_dir from these weights alone with checkpoint.load={path} "
+        "checkpoint.load_optimizer=false"
+    )
 
 
 def _check_stream(path: Path, saved: dict[str, Any], stream: dict[str, Any]) -> None:
@@ -218,9 +222,7 @@ def _check_stream(path: Path, saved: dict[str, Any], stream: dict[str, Any]) -> 
         if saved.get(name) != value:
             raise CheckpointError(
                 f"{path} was trained with {name} {saved.get(name)}, this run has {value}: the "
-                "position in the data would mean other rows; restore it, or start a new run_dir "
-                f"from these weights alone with checkpoint.load={path} "
-                "checkpoint.load_optimizer=false"
+                f"position in the data would mean other rows; restore it, or {_from_weights(path)}"
             )
 
 
@@ -397,14 +399,12 @@ def _check_optimizer(path: Path, state: dict[str, Any], config: RunConfig) -> No
     if half != was_half:
         raise CheckpointError(
             f"{path} was trained in training.precision {state['precision']}, this run is in "
-            f"{config.training.precision}; resume in that, or start from its weights with "
-            "checkpoint.load_optimizer=false"
+            f"{config.training.precision}; resume in that, or {_from_weights(path)}"
         )
     if sorted(config.training.freeze) != state["frozen"]:
         raise CheckpointError(
             f"{path} was trained with training.freeze {state['frozen']}, this run has "
-            f"{sorted(config.training.freeze)}; start from its weights with "
-            "checkpoint.load_optimizer=false"
+            f"{sorted(config.training.freeze)}; resume with that, or {_from_weights(path)}"
         )
 
 

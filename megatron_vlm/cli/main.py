@@ -12,6 +12,7 @@ import difflib
 import importlib
 import keyword
 import os
+import re
 import select
 import sys
 import traceback
@@ -55,6 +56,9 @@ class _Parser(argparse.ArgumentParser):
                 if word.startswith("-") and near:
                     message += f"; did you mean {near[0]}?"
                     break
+        # The engine of options counts those that may be left out among them.
+        required = re.compile(r"^(the following arguments are required: .*?), key=value$")
+        message = required.sub(r"\1", message)
         said = " ".join(message.split())
         self.exit(
             EXIT_USER_ERROR,

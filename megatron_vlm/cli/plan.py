@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 HELP = r"""Predict the memory of a recipe on a number of devices, without a GPU.
 
 Shows, for each pipeline stage, the bytes that one of its ranks holds at the fullest moment of a
-step. Left out are temporaries, communication buffers, the allocator's fragments and the CUDA
-context: keep about a tenth of the device free.
+step. Data sets are not looked at. Left out are temporaries, communication buffers, the allocator's
+fragments and the CUDA context: keep about a tenth of the device free.
 
 example:
   mvlm plan demo --nproc 2
@@ -82,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlm.planning.memory import Assumptions
     from megatron_vlm.planning.report import plan_run
 
-    world_size = _world_size(args)
+    config = load_recipe(args.recipe, args.overrides)
     plan = plan_run(
-        load_recipe(args.recipe, args.overrides),
-        world_size,
+        config,
+        _world_size(args),
         Assumptions(
             picture_tokens=args.picture_tokens,
             sample_tokens=args.sample_tokens,

@@ -90,7 +90,7 @@ def _line(detail: ErrorDetails, schema: type[BaseModel], layers: Sequence[Layer]
     if kind == "extra_forbidden":
         near = nearest_keys(key, schema)
         if near:
-            hint = f"did you mean {' or '.join(near)}?"
+            hint = f"did you mean {' or '.join(_named(known, location) for known in near)}?"
         else:
             section = _section_at(location[:-1], schema)
             hint = f"known here: {', '.join(section.model_fields)}" if section else "remove it"
@@ -172,6 +172,17 @@ def _holds(values: Any, location: Location) -> bool:
 
 def _name(key: str) -> str:
     return key.rpartition(".")[2]
+
+
+def _named(known: str, location: Location) -> str:
+    """A known key with the names that the recipe chose, as far as it goes the same way."""
+    steps = known.split(".")
+    for place, (step, given) in enumerate(zip(steps, location, strict=False)):
+        if step == "NAME":
+            steps[place] = str(given)
+        elif step != given:
+            break
+    return ".".join(steps)
 
 
 def _dotted(location: Location) -> str:

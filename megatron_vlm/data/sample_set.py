@@ -201,11 +201,13 @@ class SampleSet:
         too_long = np.flatnonzero(lengths > self.seq_length)
         if too_long.size and long_samples == "refuse":
             sample = int(too_long[0]) * self._step
+            first, last = self.index.columns.sample_picture_start[sample : sample + 2]
+            smaller = "lower model.vision.max_pixels, " if last > first else ""
             raise DataError(
                 f"{self.index.describe(sample)} has {self.lengths[sample]} tokens, more than "
                 f"training.seq_length {self.seq_length} ({too_long.size} such samples; the "
-                f"longest has {lengths.max()}); raise training.seq_length, lower "
-                "model.vision.max_pixels, or set data.long_samples to skip or split"
+                f"longest has {lengths.max()}); raise training.seq_length, {smaller}or set "
+                "data.long_samples to skip or split"
             )
         fits = lengths <= self.seq_length
         tokens = int(lengths[fits].sum(dtype=np.int64))
@@ -219,7 +221,8 @@ class SampleSet:
         if not tokens:
             raise DataError(
                 f"{self.index.path}: every sample is longer than training.seq_length "
-                f"{self.seq_length}; the shortest has {lengths.min()} tokens"
+                f"{self.seq_length}; the shortest has {lengths.min()} tokens: raise it, or set "
+                "data.long_samples to split"
             )
         return skipped, tokens
 

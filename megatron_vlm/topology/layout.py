@@ -427,5 +427,6 @@ def _check_precision(config: RunConfig) -> None:
     if optimizer.lr_warmup_iters > config.training.train_iters:
         raise ConfigError(
             f"optimizer.lr_warmup_iters {optimizer.lr_warmup_iters} exceeds training.train_iters "
-            f"{config.training.train_iters}"
+            f"{config.training.train_iters}: the run would end before its learning rate is "
+            "reached; lower it, 0 for none, or train longer"
         )

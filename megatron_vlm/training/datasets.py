@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def open_training_data(config: RunConfig) -> OpenData:
     named = sorted(settings.train.items())
     sources = []
     for name, given in named:
-        samples = _open(config, given.path)
+        with _naming(f"data.train.{name}"):
+            samples = _open(config, given.path)
         untie = None if given.untie is None else UntieSettings(**given.untie.model_dump())
         if untie is not None:
             _check_untied(name, samples)
@@ -83,8 +85,10 @@ def open_held_out_data(config: RunConfig, training: OpenData) -> dict[str, OpenD
     """
     found = {}
     for name, path in config.data.validation.items():
-        sources = [Source(name, _open(config, path), max_epochs=1.0)]
-        _check_tokenizer(sources[0].samples.index, training.stream.sources[0].samples.index)
+        with _naming(f"data.validation.{name}"):
+            samples = _open(config, path)
+            _check_tokenizer(samples.index, training.stream.sources[0].samples.index)
+        sources = [Source(name, samples, max_epochs=1.0)]
         found[name] = _opened(config, sources, [Phase(0, (1.0,))], shuffle=False)
     return found
 
@@ -147,6 +151,15 @@ def num_workers(config: RunConfig) -> int:
     bound = usable_cores() < (os.cpu_count() or 1)
     share = usable_cores() if bound else usable_cores() // processes
     return max(1, min(_MOST_WORKERS, share - 1))
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """While it lasts, what is wrong with a data set names the key that names the set."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
 
 
 def _open(config: RunConfig, path: str) -> SampleSet:

@@ -154,6 +154,7 @@ class Run:
         self._announce()
         writer = MetricsWriter(self.run_dir, progress.iteration) if self.is_main else None
         saved_at = progress.iteration
+        started_at = progress.iteration
         asked = ended = False
         with StopRequest() as request, _short_collections():
             with (
@@ -201,7 +202,7 @@ class Run:
             self._lock.release()
         self.interrupted = request.received == signal.SIGINT
         if self.is_main:
-            self._farewell(asked and progress.iteration < total, ended)
+            self._farewell(asked and progress.iteration < total, ended, started_at)
         return progress
 
     def _save(self) -> None:
@@ -212,7 +213,7 @@ class Run:
             seconds = time.perf_counter() - started
             logger.info("iteration %d %s (%.1f s)", self.progress.iteration, how, seconds)
 
-    def _farewell(self, stopped: bool, ended: bool) -> None:
+    def _farewell(self, stopped: bool, ended: bool, started_at: int) -> None:
         iteration = self.progress.iteration
         if ended:
             logger.info(
@@ -221,6 +222,8 @@ class Run:
             )
         elif stopped:
             logger.info("asked to stop: saved iteration %d and left", iteration)
+        elif iteration == started_at:
+            logger.info("nothing was trained: iteration %d is as it was", iteration)
         else:
             place = self.run_dir / "checkpoints"
             logger.info("done at iteration %d; checkpoints are in %s", iteration, place)

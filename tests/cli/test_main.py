@@ -193,6 +193,7 @@ def test_wrong_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixtur
         (("export", "a", "b", "c"), "mvlm export: error: unrecognized arguments: c;"),
         (("export", "a", "b", "--dtype", "half"), "argument --dtype: invalid choice: 'half'"),
         (("export", "a"), "mvlm export: error: the following arguments are required: HF_DIR;"),
+        (("plan",), "mvlm plan: error: the following arguments are required: RECIPE;"),
         (("data", "build", "a", "b", "--tokeniser", "c"), "did you mean --tokenizer?"),
         (("data", "build"), "mvlm data build: error: the following arguments are required"),
     ],

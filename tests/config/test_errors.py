@@ -69,6 +69,10 @@ def lines(recipe: Path | str, *overrides: str) -> list[str]:
         ("optimizer.min_lr=1", ["optimizer: min_lr 1.0 exceeds lr 0.0003"]),
         ("model.vision.image_std=[1,0,1]", ["model.vision.image_std[1] is 0", "greater than 0"]),
         ("data.num_workers=0", ["data.num_workers is 0", "greater than 0"]),
+        (
+            "data.train.talk={path: x, wieght: 2}",
+            ["unknown key data.train.talk.wieght", "did you mean data.train.talk.weight or"],
+        ),
         ("model=nowhere", ["no model named 'nowhere'", "shipped models"]),
         ("model=no/where.yaml", ["no/where.yaml does not exist", "shipped models"]),
         ("model=5", ["model is 5", "a mapping"]),

@@ -45,6 +45,9 @@ def test_long_samples_are_refused_skipped_or_cut() -> None:
         SampleSet(index, 64, None)
     for word in ("(entry 1,", "65 tokens", "2 such samples", "longest has 70", "data.long_samples"):
         assert word in str(caught.value)
+    assert "max_pixels" not in str(caught.value)
+    with pytest.raises(DataError, match=r"lower model\.vision\.max_pixels"):
+        SampleSet(index_of([70], [[(60, 84, 84)]]), 64, VISION)
     samples = SampleSet(index, 64, None, "skip")
     assert (samples.num_skipped, samples.tokens, samples.num_items) == (2, 74, 4)
     assert all_pieces(samples) == ([(0, 0, 10), (3, 0, 64)], [0, 3])

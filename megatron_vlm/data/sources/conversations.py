@@ -134,7 +134,10 @@ class Content:
             raise DataError(
                 f"{place}.reasoning_content: is {type(reasoning).__name__}; expected a string"
             )
-        return Turn(role, text, reasoning, _learned(given, place))
+        turn = Turn(role, text, reasoning, _learned(given, place))
+        if turn.is_learned and not (text + (reasoning or "")).strip():
+            raise DataError(f"{place}.{text_key}: an empty answer; it would teach to say nothing")
+        return turn
 
     def text(self, content: Any, place: str) -> str:
         """A content as one text with marks.

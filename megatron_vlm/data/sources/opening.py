@@ -120,7 +120,7 @@ def _choose_file(path: Path, options: SourceOptions) -> Choice:
 
 def _choose_records(path: Path, options: SourceOptions) -> Choice:
     files, names = open_records(path, "entries")
-    looked = 0
+    looked, unread = 0, ""
     records = (
         (name, record)
         for name, file in zip(names, files, strict=True)
@@ -130,14 +130,17 @@ def _choose_records(path: Path, options: SourceOptions) -> Choice:
         looked += 1
         try:
             entry = record.load()
-        except DataError:
+        except DataError as error:
+            unread = unread or f"{name}: {error}"
             entry = None
         if (choice := _choose_entry(entry, options)) is not None:
             return Choice(choice.form, f"an entry of {name} has {choice.reason}")
-    raise DataError(
-        f"{path}: none of its first {looked} entries is of a known form; say which with --form "
-        f"{' or '.join(FORMS)}"
-    )
+    said = f"{path}: none of its first {looked} entries is of a known form"
+    if unread:
+        raise DataError(f"{said}; the first that cannot be read: {unread}")
+    if options.text_field != SourceOptions().text_field:
+        said += f" or has a text {options.text_field!r} (--text-field)"
+    raise DataError(f"{said}; say which with --form {' or '.join(FORMS)}")
 
 
 def _choose_entry(entry: Any, options: SourceOptions) -> Choice | None:

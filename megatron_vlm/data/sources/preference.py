@@ -59,8 +59,10 @@ def preference_drafts(entry: Any, find: FindMedium, options: SourceOptions) -> S
     if not isinstance(entry, dict):
         raise DataError(f"entry is {type(entry).__name__}; expected an object")
     for side in SIDES:
-        if not isinstance(entry.get(side), str | list) or not entry[side]:
+        if not isinstance(entry.get(side), str | list):
             raise DataError(f"{side}: expected an answer, as a text or a list of turns")
+        if not entry[side]:
+            raise DataError(f"{side}: an empty answer; it would teach to say nothing")
     if entry["chosen"] == entry["rejected"]:
         raise DataError("chosen, rejected: are the same, so there is nothing to prefer")
     prompt, answers = _split(entry)

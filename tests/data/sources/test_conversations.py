@@ -248,6 +248,8 @@ def test_learned_end_follows_learned_text(folder: Path) -> None:
         (llava("<image>", "a"), "1 <image> marks but 0 pictures"),
         (llava("<image>", "a", images=["sub/0.png"] * 2), "1 <image> marks but 2 pictures"),
         (llava("<image><image>", "a", image="sub/0.png"), "2 <image> marks but 1 pictures"),
+        (llava("q", " \n"), "conversations[1].value: an empty answer"),
+        (messages(("user", "q"), ("assistant", [])), "messages[1].content: an empty answer"),
         ({"sessions": [[]]}, "sessions[0]: expected a list"),
         ({"sessions": [{"messages": [3]}]}, "sessions[0].messages[0]: is int"),
     ],

@@ -162,7 +162,7 @@ def test_a_picture_without_a_mark_opens_the_prompt(folder: Path) -> None:
     [
         (3, "entry is int"),
         ({"prompt": "q", "chosen": "a"}, "rejected: expected an answer"),
-        ({"prompt": "q", "chosen": "", "rejected": "b"}, "chosen: expected an answer"),
+        ({"prompt": "q", "chosen": "", "rejected": "b"}, "chosen: an empty answer"),
         ({"prompt": "q", "chosen": 3, "rejected": "b"}, "chosen: expected an answer"),
         ({"prompt": "q", "chosen": "b", "rejected": "b"}, "are the same"),
         (

@@ -41,6 +41,11 @@ def text(path: Path) -> Path:
     return path
 
 
+def broken(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
 def listed(path: Path) -> Path:
     path.write_text(json.dumps([TALK, {**TALK, "id": [[{"deep": "x"}]]}]))
     return path
@@ -135,6 +140,11 @@ def test_field_of_text(tmp_path: Path) -> None:
         (lambda d: text(d / "x"), "a file without an extension is of no known form"),
         (lambda d: write_lines(d / "x.jsonl", [{"a": 1}, 3]), "none of its first 2 entries is of"),
         (
+            lambda d: broken(d / "x.jsonl", b"{]\n[\n"),
+            "the first that cannot be read: x.jsonl: not valid JSON",
+        ),
+        (lambda d: broken(d / "x.jsonl", b'{"a": "\xff"}\n'), "not UTF-8 at byte"),
+        (
             lambda d: [write_lines(d / f"{n}.jsonl", [{}] * 150) for n in "xy"][0].parent,
             "none of its first 100 entries is of",
         ),
@@ -145,6 +155,12 @@ def test_what_cannot_be_told(tmp_path: Path, make: Callable[[Path], Path], messa
     with pytest.raises(DataError) as caught:
         open_source(make(tmp_path))
     assert message in str(caught.value)
+
+
+def test_a_field_of_text_that_no_entry_has(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", [{"body": "text"}] * 3)
+    with pytest.raises(DataError, match=r"of a known form or has a text 'foo' \(--text-field\)"):
+        open_source(path, options=SourceOptions(text_field="foo"))
 
 
 def test_no_such_form(tmp_path: Path) -> None:
