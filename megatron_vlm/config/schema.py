@@ -370,6 +370,18 @@ class ParallelConfig(_Section):
     """Combined 1F1B: hide the expert all-to-all of one micro-batch behind another's compute."""
 
 
+class VisionParallelConfig(_Section):
+    """How the pictures of a step are shared out: every rank encodes, whatever its part of the
+    decoder."""
+
+    balance: Literal["greedy", "karmarkar_karp", "round_robin"] = "greedy"
+    """Dearest pictures first, each to the least loaded rank; largest differencing, closer to even
+    and slow for hundreds of ranks; or in turn, whatever they cost. Seed1.5-VL: greedy."""
+    balance_group_size: int | None = Field(None, gt=0)
+    """Ranks that encode each other's pictures: whole data-parallel replicas; null: all ranks.
+    Seed1.5-VL: 128 to 256."""
+
+
 class RecomputeConfig(_Section):
     """What is computed again in the backward pass to save memory."""
 
@@ -621,6 +633,8 @@ class RunConfig(_Section):
     """AdamW and its schedule."""
     parallel: ParallelConfig = ParallelConfig()
     """The language model's mesh."""
+    vision_parallel: VisionParallelConfig = VisionParallelConfig()
+    """How the encoder's work is shared out."""
     recompute: RecomputeConfig = RecomputeConfig()
     """Activation recompute."""
     data: DataConfig = DataConfig()

@@ -155,8 +155,8 @@ def assign_greedy(
 def assign_karmarkar_karp(
     costs: NDArray[np.float64], counts: NDArray[np.int64], ranks: int
 ) -> NDArray[np.int64]:
-    """Largest differencing: the two most uneven partial assignments are joined, the heaviest sets of
-    one with the lightest of the other, until one is left.
+    """Largest differencing: the two most uneven partial assignments are joined, the heaviest sets
+    of one with the lightest of the other, until one is left.
 
     Args and returns: as `assign_greedy`.
     """

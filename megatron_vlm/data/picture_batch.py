@@ -12,8 +12,9 @@ import torch
 from megatron_vlm.data.decoders import PatchJob, PictureDecoder
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.format import STILL
+from megatron_vlm.data.picture_table import PicturePlan
 from megatron_vlm.data.pictures import patches
-from megatron_vlm.data.plan import PicturePlan, StepPlan
+from megatron_vlm.data.plan import StepPlan
 from megatron_vlm.data.workers import Outcome, Task
 from megatron_vlm.errors import DataError
 
@@ -47,7 +48,7 @@ class PictureFetch:
         decoder: PictureDecoder,
         vision: VisionConfig | None,
     ) -> None:
-        """Make room for the pictures that `rank` encodes; none gives empty tensors.
+        """Make room for the pictures that `rank` decodes; none gives empty tensors.
 
         Args:
             plan: the step.
@@ -58,7 +59,8 @@ class PictureFetch:
                 pictures.
         """
         self._readers, self._decoder, self._vision = readers, decoder, vision
-        self._mine = [i for i, picture in enumerate(plan.pictures) if picture.encoder_rank == rank]
+        shares = plan.shares
+        self._mine = shares.picture[(shares.rank == rank) & shares.owner].tolist()
         self._pictures = [plan.pictures[i] for i in self._mine]
         sizes = [(picture.grid_h, picture.grid_w) for picture in self._pictures]
         self._grid_hw = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)

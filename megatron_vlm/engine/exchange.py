@@ -8,6 +8,7 @@ lists the other way round.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ class ExchangePlan:
     """One rank's lists. Features are rows of `[tokens, hidden]` tensors."""
 
     encoded_tokens: int
-    """Features this rank's pictures have."""
+    """Features of what this rank encodes."""
     send_index: np.ndarray
     """Features to send, by destination rank, then in plan order: numbers in this rank's output."""
     send_counts: list[int]
@@ -41,30 +42,36 @@ class ExchangePlan:
 
 
 def plan_exchange(plan: StepPlan, layout: Layout, rank: int) -> ExchangePlan:
-    """Lists of `rank` for the pictures of a step."""
+    """Lists of `rank` for what it and others encode of a step's pictures."""
     slices = _Slices(plan, layout)
+    pictures, shares = plan.pictures, plan.shares
+    # Features of each share, as tokens of its micro-batch.
+    ratio = pictures.patches[shares.picture] // pictures.tokens[shares.picture]
+    begins = pictures.start[shares.picture] + shares.first // ratio
+    counts = shares.patches // ratio
+    replicas, micro_batches = pictures.replica[shares.picture], pictures.micro_batch[shares.picture]
+
+    def spans(mine: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        columns = (column[mine].tolist() for column in (replicas, micro_batches, begins, counts))
+        for place, replica, number, start, count in zip(mine.tolist(), *columns, strict=True):
+            yield place, replica, number, np.arange(start, start + count)
+
     sends: list[list[np.ndarray]] = [[] for _ in range(layout.world_size)]
     encoded = 0
-    for picture in plan.pictures:
-        if picture.encoder_rank != rank:
-            continue
-        span = np.arange(picture.start, picture.start + picture.tokens)
-        for (tp, cp), (chosen, _) in slices.split(picture.replica, picture.micro_batch, span):
-            target = layout.rank(tp=tp, cp=cp, dp=picture.replica, pp=layout.embedding_stage)
+    for _, replica, number, span in spans(np.flatnonzero(shares.rank == rank)):
+        for (tp, cp), (chosen, _) in slices.split(replica, number, span):
+            target = layout.rank(tp=tp, cp=cp, dp=replica, pp=layout.embedding_stage)
             sends[target].append(chosen + encoded)
-        encoded += picture.tokens
+        encoded += len(span)
     place = layout.coordinates(rank)
     count = len(plan.micro_batches[0])
     received: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(layout.world_size)]
     if place.pp == layout.embedding_stage:
-        for picture in plan.pictures:
-            if picture.replica != place.dp:
-                continue
-            span = np.arange(picture.start, picture.start + picture.tokens)
-            parts = dict(slices.split(picture.replica, picture.micro_batch, span))
+        for share, replica, number, span in spans(np.flatnonzero(replicas == place.dp)):
+            parts = dict(slices.split(replica, number, span))
             if (place.tp, place.cp) in parts:
                 _, rows = parts[place.tp, place.cp]
-                received[picture.encoder_rank].append((picture.micro_batch, rows))
+                received[int(shares.rank[share])].append((number, rows))
     rows_of: list[list[np.ndarray]] = [[] for _ in range(count)]
     index_of: list[list[np.ndarray]] = [[] for _ in range(count)]
     position = 0

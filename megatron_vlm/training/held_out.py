@@ -48,7 +48,7 @@ def _one_set(
     loader = open_loader(
         config,
         data,
-        rank_view(step.topology),
+        rank_view(config, step.topology),
         decoder,
         prefetch_steps=min(1, config.data.prefetch_steps),
         max_rows=config.training.eval_rows,

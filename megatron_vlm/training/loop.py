@@ -325,7 +325,7 @@ class Run:
         return open_loader(
             self.config,
             self.data,
-            rank_view(self.topology),
+            rank_view(self.config, self.topology),
             self.decoder,
             None if cursor is None else Cursor.from_json(cursor),
             prefetch_steps=self.config.data.prefetch_steps,
