@@ -10,7 +10,6 @@ from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
 from megatron_vlm.data.rows import Cursor
 from megatron_vlm.data.sharing import Sharing
 from megatron_vlm.engine.agreement import agree_on_failures
-from megatron_vlm.models.vision.flops import encoder_flops_terms
 from megatron_vlm.topology.layout import Layout
 from megatron_vlm.topology.mesh import Topology
 from megatron_vlm.training.console import logger
@@ -20,37 +19,26 @@ if TYPE_CHECKING:
     from megatron_vlm.config.schema import RunConfig
 
 
-def encoder_cost(config: RunConfig) -> EncoderCost:
-    """What encoding pictures costs a rank, in FLOPs; 1 a patch without an encoder."""
-    model = config.model
-    if model.vision is None:
-        return EncoderCost(0.0, 1.0, 0.0)
-    per_patch, per_pair = encoder_flops_terms(
-        model.vision, model.adapter, model.language.hidden_size
-    )
-    return EncoderCost(0.0, per_patch, per_pair)
-
-
-def sharing(config: RunConfig, layout: Layout) -> Sharing:
+def share_out(config: RunConfig, layout: Layout, cost: EncoderCost) -> Sharing:
     """How pictures are shared out over the ranks of a layout."""
     settings, world = config.vision_parallel, layout.world_size
     vision = config.model.vision
     return Sharing(
         replica_of_rank=tuple(layout.coordinates(rank).dp for rank in range(world)),
-        cost=encoder_cost(config),
+        cost=cost,
         method=settings.balance,
         groups=world // (settings.balance_group_size or world),
         unit=vision.spatial_merge_size**2 if vision is not None else 1,
     )
 
 
-def rank_view(config: RunConfig, topology: Topology) -> RankView:
+def rank_view(topology: Topology, sharing: Sharing) -> RankView:
     """Which part of a step a rank fetches."""
     return RankView(
         rank=topology.rank,
         replica=topology.coordinates.dp,
         needs_text=topology.embeds_tokens or topology.computes_loss,
-        sharing=sharing(config, topology.layout),
+        sharing=sharing,
     )
 
 

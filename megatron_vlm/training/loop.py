@@ -52,7 +52,8 @@ from megatron_vlm.training.datasets import (
     open_held_out_data,
     open_training_data,
 )
-from megatron_vlm.training.feed import agreed, open_loader, rank_view
+from megatron_vlm.training.encoder_cost import given_cost, settled_cost
+from megatron_vlm.training.feed import agreed, open_loader, rank_view, share_out
 from megatron_vlm.training.held_out import validate
 from megatron_vlm.training.metrics import (
     MetricsWriter,
@@ -78,6 +79,8 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     world = world or detect_world()
     layout = resolve_layout(config, world.world_size)
     data, held_out = open_training_data(config), open_held_out_data(config)
+    # Read here too, so that a bad file is told before any process group exists.
+    given_cost(config)
     device = start_distributed(world)
     failed = True
     try:
@@ -118,6 +121,8 @@ class Run:
         model = build_model(config, topology, self.objective.predicts_ahead)
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
+        cost = settled_cost(config, model)
+        self.view = rank_view(topology, share_out(config, topology.layout, cost))
         self._tokenizer = data.stream.sources[0].samples.index.tokenizer_path.read_text()
         self._stream = data_stream(config, data)
         self.checkpointer = Checkpointer(config, self._tokenizer, self._stream)
@@ -318,14 +323,14 @@ class Run:
     def _validate(self) -> dict[str, float]:
         if not self.held_out:
             return {}
-        return validate(self.config, self.step, self.held_out, self.decoder)
+        return validate(self.config, self.step, self.held_out, self.decoder, self.view)
 
     def _loader(self) -> StepLoader:
         cursor = self.progress.cursor
         return open_loader(
             self.config,
             self.data,
-            rank_view(self.config, self.topology),
+            self.view,
             self.decoder,
             None if cursor is None else Cursor.from_json(cursor),
             prefetch_steps=self.config.data.prefetch_steps,

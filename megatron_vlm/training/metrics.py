@@ -15,7 +15,7 @@ from megatron_vlm.data.plan import StepPlan
 from megatron_vlm.models.language.flops import attention_flops, linear_flops_per_token
 from megatron_vlm.models.vision.flops import encoder_flops
 from megatron_vlm.training.console import logger
-from megatron_vlm.training.feed import encoder_cost
+from megatron_vlm.training.encoder_cost import flops_cost
 
 # Forward and backward: each product of the forward pass has two in the backward pass.
 _FORWARD_AND_BACKWARD = 3
@@ -98,7 +98,7 @@ def vision_imbalance(plan: StepPlan, config: RunConfig, world_size: int) -> floa
     if vision is None or not len(plan.pictures):
         return 1.0
     shares, patches = plan.shares, plan.pictures.patches
-    costs = encoder_cost(config).part(shares.patches, patches[shares.picture])
+    costs = flops_cost(config).part(shares.patches, patches[shares.picture])
     loads = loads_of(costs, shares.rank, world_size)
     return float(loads.max() / loads.mean())
 
