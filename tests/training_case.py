@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -34,6 +35,8 @@ class Outcome:
     """Per step: how near each layer came to choosing otherwise: the smallest gap between the last
     expert chosen and the first not chosen."""
     extra: list[Any] = field(default_factory=list)
+    shares: list[list[int]] = field(default_factory=list)
+    """Per step: how many ranks shared each picture."""
 
 
 def recipe(data_dir: Path, run_dir: Path, *overrides: str) -> RunConfig:
@@ -70,6 +73,7 @@ def train_case(config: RunConfig, world_size: int = 1, **options: Any) -> Outcom
             for step in zip(*(result["margins"] for result in results), strict=True)
         ],
         extra=[result["extra"] for result in results],
+        shares=results[0]["shares"],
     )
 
 
@@ -114,6 +118,14 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
         return loaders[-1]
 
     run._loader = loader  # type: ignore[method-assign]
+    shares: list[list[int]] = []
+    trained = run.step.train
+
+    def train(data: Any) -> Any:
+        shares.append(np.bincount(data.plan.shares.picture).tolist())
+        return trained(data)
+
+    run.step.train = train  # type: ignore[method-assign]
 
     run.run(on_step=observe)
     run.trainable.gather_parameters()
@@ -125,7 +137,8 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     dist.barrier()
     destroy_topology()
     stop()
-    return {"metrics": seen, "parts": parts, "routing": routing, "margins": margins, "extra": extra}
+    found = {"metrics": seen, "parts": parts, "routing": routing, "margins": margins}
+    return found | {"extra": extra, "shares": shares}
 
 
 def local_parts(sharded: dict[str, Any]) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

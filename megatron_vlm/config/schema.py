@@ -380,6 +380,9 @@ class VisionParallelConfig(_Section):
     balance_group_size: int | None = Field(None, gt=0)
     """Ranks that encode each other's pictures: whole data-parallel replicas; null: all ranks.
     Seed1.5-VL: 128 to 256."""
+    max_parts: int = Field(8, gt=0)
+    """Most ranks that share one picture, each with a part of its patches: where whole pictures
+    cannot be shared out evenly. 1: none is cut."""
     cost: str = "flops"
     """What a picture is taken to cost: `flops`; `measured`, by some timed passes when the run
     begins, kept in its folder and read back on resume; or a file of such a measurement."""

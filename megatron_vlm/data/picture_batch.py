@@ -1,4 +1,4 @@
-"""The pictures that one rank encodes in a step: what fetches them, and the tensor they fill."""
+"""The pictures that one rank decodes in a step: what fetches them, and the tensor they fill."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _AT_ONCE_ON_A_DEVICE = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PictureBatch:
-    """The pictures that one rank encodes in a step."""
+    """The pictures that one rank decodes in a step."""
 
     pixel_values: torch.Tensor
     """float32 [patches, channels * patch_size**2], pictures one after another."""
@@ -35,6 +35,11 @@ class PictureBatch:
     """int64 [pictures, 2], patches along height and width."""
     indices: torch.Tensor
     """int64 [pictures], their places in `StepPlan.pictures`, ascending."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PictureBatch:
+        """The same pictures where and as the encoder takes them; `indices` stay."""
+        pixels = self.pixel_values.to(device=device, dtype=dtype)
+        return PictureBatch(pixels, self.grid_hw, self.indices)
 
 
 class PictureFetch:

@@ -13,6 +13,7 @@ from megatron_vlm.data.balance import (
     balance,
     cut_pictures,
     loads_of,
+    lower_bound,
     make_parts,
 )
 from megatron_vlm.data.picture_table import PictureTable, Shares
@@ -75,10 +76,24 @@ class Sharing:
         first_replica: int,
     ) -> tuple[NDArray[np.int64], ...]:
         patches = table.patches[mine]
-        counts = cut_pictures(patches, self.cost, len(ranks), self.max_parts, self.unit)
-        picture, first, held = make_parts(patches, counts, self.unit)
-        costs = self.cost.part(held, patches[picture])
         home = table.replica[mine] - first_replica
         replica_of_rank = [self.replica_of_rank[rank] - first_replica for rank in ranks]
-        assigned = balance(costs, counts, home, replica_of_rank, self.method)
-        return mine[picture], ranks[assigned], first, held
+
+        def assign(counts: NDArray[np.int64]) -> tuple[float, tuple[NDArray[np.int64], ...]]:
+            picture, first, held = make_parts(patches, counts, self.unit)
+            costs = self.cost.part(held, patches[picture])
+            assigned = balance(costs, counts, home, replica_of_rank, self.method)
+            most = loads_of(costs, assigned, len(ranks)).max()
+            return float(most), (mine[picture], ranks[assigned], first, held)
+
+        whole = np.ones_like(patches)
+        counts = whole
+        if self.method != "round_robin":
+            counts = cut_pictures(patches, self.cost, len(ranks), self.max_parts, self.unit)
+        most, found = assign(counts)
+        if counts.max(initial=1) > 1 and most > lower_bound(self.cost.whole(patches), len(ranks)):
+            # What is cut costs more in all: it may not have been worth it.
+            without, uncut = assign(whole)
+            if without <= most:
+                return uncut
+        return found

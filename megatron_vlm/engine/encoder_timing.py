@@ -8,6 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megatron_vlm.data.balance import EncoderCost
@@ -18,6 +19,7 @@ _BATCH_PATCHES = 4096
 _MOST_PATCHES = 16_384
 """Largest picture that is timed; the fit is a parabola, which larger ones follow."""
 _ROUNDS = 3
+_SENT_BYTES = 16 * 2**20
 
 
 def measure_cost(encoder: VisionEncoder, largest: int) -> EncoderCost:
@@ -68,6 +70,32 @@ def fit_cost(
                 best, least = np.zeros(3), error
                 best[list(chosen)] = found
     return EncoderCost(*best.tolist())
+
+
+def seconds_per_byte(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Seconds that a byte takes to a neighbouring rank, both ways at once; collective.
+
+    0 where there is one rank, or this one has no neighbour.
+    """
+    rank = dist.get_rank(group)
+    peer = rank ^ 1
+    if peer >= dist.get_world_size(group):
+        return 0.0
+    sent = torch.zeros(_SENT_BYTES, dtype=torch.uint8, device=device)
+    received = torch.empty_like(sent)
+    found = []
+    for _ in range(_ROUNDS + 1):
+        _wait(device)
+        began = time.perf_counter()
+        operations = [
+            dist.P2POp(dist.irecv, received, group=group, group_peer=peer),
+            dist.P2POp(dist.isend, sent, group=group, group_peer=peer),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        _wait(device)
+        found.append(time.perf_counter() - began)
+    return float(np.median(found[1:])) / _SENT_BYTES
 
 
 def _timed(encoder: VisionEncoder, sides: Sequence[int]) -> float:

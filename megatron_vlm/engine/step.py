@@ -27,6 +27,7 @@ from megatron_vlm.engine.exchange import FeatureExchange, plan_exchange
 from megatron_vlm.engine.microbatch import MicroBatch, build_micro_batch
 from megatron_vlm.engine.objective import Objective
 from megatron_vlm.engine.routers import collect_router_statistics, reset_router_statistics
+from megatron_vlm.engine.segments import LocalSegments, local_segments
 from megatron_vlm.models.language.model import LanguageModel
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -34,7 +35,6 @@ from megatron_vlm.topology.mesh import Topology
 
 if TYPE_CHECKING:
     from megatron_vlm.data.loader import LoadedStep
-    from megatron_vlm.data.picture_batch import PictureBatch
 
 
 @dataclass
@@ -183,7 +183,13 @@ class TrainStep:
         dtype = next(inner.parameters()).dtype
         plan = plan_exchange(data.plan, topology.layout, topology.rank)
         with torch.set_grad_enabled(grad):
-            encoded = _run_encoder(encoder, inner, data.pictures, dtype, topology.device)
+            segments = local_segments(
+                data.plan,
+                data.pictures.to(topology.device, dtype),
+                topology.rank,
+                topology.vision.dp,
+            )
+            encoded = _run_encoder(encoder, inner, segments)
         hidden = self.config.model.language.hidden_size
         exchange = FeatureExchange(
             plan, topology.layout, topology.rank, hidden, dtype, topology.device
@@ -333,18 +339,16 @@ def _collecting(collect: Callable[[torch.Tensor, MicroBatch], Any]) -> Callable[
 def _run_encoder(
     encoder: torch.nn.Module,
     inner: VisionEncoder,
-    pictures: PictureBatch,
-    dtype: torch.dtype,
-    device: torch.device,
+    segments: LocalSegments,
 ) -> torch.Tensor:
     """Features `[tokens, hidden]`; a rank without pictures encodes one blank unit.
 
     Its gradient is zero, but it keeps the encoder's gradient and parameter collectives matched.
     """
-    pixels, grid_hw = pictures.pixel_values, pictures.grid_hw
+    pixels, grid_hw = segments.pixel_values, segments.grid_hw
     if grid_hw.size(0) == 0:
         merge = inner.trunk.config.spatial_merge_size
         channels = inner.trunk.config.in_channels * inner.trunk.config.patch_size**2
-        pixels = torch.zeros(merge * merge, channels)
-        grid_hw = torch.full((1, 2), merge, dtype=torch.int64)
-    return encoder(pixels.to(device=device, dtype=dtype), grid_hw.to(device))
+        pixels = pixels.new_zeros(merge * merge, channels)
+        grid_hw = grid_hw.new_full((1, 2), merge)
+    return encoder(pixels, grid_hw, segments.shared)

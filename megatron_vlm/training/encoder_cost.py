@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,28 +12,39 @@ import torch.distributed as dist
 
 from megatron_vlm.checkpoint.folder import write_atomically
 from megatron_vlm.data.balance import EncoderCost
-from megatron_vlm.engine.encoder_timing import measure_cost
+from megatron_vlm.engine.encoder_timing import measure_cost, seconds_per_byte
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.models.vision.flops import encoder_flops_terms
 from megatron_vlm.training.console import logger
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import RunConfig
+    from megatron_vlm.config.schema import RunConfig, VisionConfig
     from megatron_vlm.models.vlm import VisionLanguageModel
+
+_FLOPS_PER_BYTE = 4000.0
+"""What a byte on its way costs, beside FLOPs: an H100 that reaches 400 TFLOPs a second with links
+of 400 gigabits a second. Our choice."""
 
 COST_FILE = "encoder_cost.json"
 """In the run folder: the measured cost, which a resume plans with again."""
 
 
 def flops_cost(config: RunConfig) -> EncoderCost:
-    """FLOPs of encoding pictures; 1 a patch without an encoder."""
+    """FLOPs of a forward pass over pictures; 1 a patch without an encoder."""
     model = config.model
     if model.vision is None:
         return EncoderCost(0.0, 1.0, 0.0)
     per_patch, per_pair = encoder_flops_terms(
         model.vision, model.adapter, model.language.hidden_size
     )
-    return EncoderCost(0.0, per_patch, per_pair)
+    sent = shared_patch_bytes(model.vision, config.training.precision)
+    return EncoderCost(0.0, per_patch, per_pair, sent * _FLOPS_PER_BYTE)
+
+
+def shared_patch_bytes(vision: VisionConfig, precision: str) -> float:
+    """Bytes of a patch's keys and values in all layers, on their way in the forward pass."""
+    return 2.0 * vision.num_layers * vision.hidden_size * parameter_dtype(precision).itemsize
 
 
 def given_cost(config: RunConfig) -> EncoderCost | None:
@@ -60,28 +71,35 @@ def settled_cost(config: RunConfig, model: VisionLanguageModel) -> EncoderCost:
     if found is not None:
         return found
     # Rank 0 alone looks at the folder: what it writes there must not change what others do.
-    values: list[list[float]] = [[]]
-    if dist.get_rank() == 0:
-        values = [list(asdict(_kept_or_measured(config, model)).values())]
-    dist.broadcast_object_list(values, src=0)
-    return EncoderCost(*values[0])
+    path = Path(config.run_dir) / COST_FILE
+    kept = [asdict(read_cost(path)) if dist.get_rank() == 0 and path.exists() else None]
+    dist.broadcast_object_list(kept, src=0)
+    if kept[0] is not None:
+        return EncoderCost(**kept[0])
+    return _measured(config, model, path)
 
 
-def _kept_or_measured(config: RunConfig, model: VisionLanguageModel) -> EncoderCost:
-    path, vision = Path(config.run_dir) / COST_FILE, config.model.vision
-    if path.exists():
-        return read_cost(path)
+def _measured(config: RunConfig, model: VisionLanguageModel, path: Path) -> EncoderCost:
+    vision, group = config.model.vision, model.topology.vision.dp
     assert vision is not None and model.encoder is not None
-    cost = measure_cost(model.encoder, vision.max_pixels // vision.patch_size**2)
-    write_atomically(path, json.dumps(asdict(cost), indent=2) + "\n")
-    logger.info(
-        "encoding takes %.3g s a picture, %.3g s a patch and %.3g s a pair of patches (%s)",
-        cost.per_picture,
-        cost.per_patch,
-        cost.per_pair,
-        path,
-    )
-    return cost
+    cost = EncoderCost(0.0, 1.0, 0.0)
+    if dist.get_rank() == 0:
+        cost = measure_cost(model.encoder, vision.max_pixels // vision.patch_size**2)
+    # While one measures, the others leave the machine to it.
+    dist.barrier()
+    # Keys and values forward, once more where attention is recomputed, and their gradients.
+    times = 2 if config.recompute.vision == "none" else 3
+    sent = times * shared_patch_bytes(vision, config.training.precision)
+    cost = replace(cost, per_shared_patch=sent * seconds_per_byte(group, model.topology.device))
+    found = [asdict(cost)]
+    dist.broadcast_object_list(found, src=0)
+    if dist.get_rank() == 0:
+        write_atomically(path, json.dumps(found[0], indent=2) + "\n")
+        logger.info(
+            "encoding takes %.3g s a picture, %.3g s a patch, %.3g s a pair of patches, and %.3g s "
+            "a patch of a picture that ranks share (%s)", *found[0].values(), path,
+        )  # fmt: skip
+    return EncoderCost(**found[0])
 
 
 def read_cost(path: Path, said_by: str = "") -> EncoderCost:

@@ -28,6 +28,7 @@ def share_out(config: RunConfig, layout: Layout, cost: EncoderCost) -> Sharing:
         cost=cost,
         method=settings.balance,
         groups=world // (settings.balance_group_size or world),
+        max_parts=settings.max_parts,
         unit=vision.spatial_merge_size**2 if vision is not None else 1,
     )
 

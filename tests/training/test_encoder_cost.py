@@ -52,7 +52,7 @@ def test_measured_once_and_read_back(nano_data: Path, tmp_path: Path) -> None:
     first = with_run(config, _cost_and_metrics, 2)
     kept = json.loads((tmp_path / COST_FILE).read_text())
     assert [cost for cost, _ in first] == [kept, kept]
-    assert kept["per_patch"] + kept["per_pair"] > 0
+    assert kept["per_patch"] + kept["per_pair"] > 0 and kept["per_shared_patch"] > 0
     # A resume plans with what the run began with, whatever it would measure now.
     changed = {**kept, "per_picture": 0.125}
     (tmp_path / COST_FILE).write_text(json.dumps(changed))
