@@ -16,7 +16,10 @@ TFLOPs of forward work. What is gathered is kept for the backward pass with reco
 No rank waits for a message that none sends, since all that decides on messages is the same on
 those that share a picture: the blocks and their order, whether gradients flow (`requires_grad` of
 the parameters and of the pixels, grad mode), and what is recomputed. They compare it, and the
-parts themselves, in one small message before the first block.
+parts themselves, in one small message before the first block. NCCL runs what is asked of a group
+in turn: ranks that share pictures must ask in the same order for these messages and for any
+collective of the group. Reductions of gradients during the backward pass do, being started by the
+same blocks on every rank.
 """
 
 from __future__ import annotations
