@@ -15,7 +15,7 @@ from megatron_vlm.data.balance import EncoderCost
 from megatron_vlm.engine.encoder_timing import measure_cost, seconds_per_byte
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.language.engine_config import parameter_dtype
-from megatron_vlm.models.vision.flops import encoder_flops_terms
+from megatron_vlm.models.vision.flops import flops_terms
 from megatron_vlm.training.console import logger
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def flops_cost(config: RunConfig) -> EncoderCost:
     model = config.model
     if model.vision is None:
         return EncoderCost(0.0, 1.0, 0.0)
-    per_patch, per_pair = encoder_flops_terms(
-        model.vision, model.adapter, model.language.hidden_size
-    )
+    per_patch, per_pair = flops_terms(model.vision, model.adapter, model.language.hidden_size)
     sent = shared_patch_bytes(model.vision, config.training.precision)
     return EncoderCost(0.0, per_patch, per_pair, sent * _FLOPS_PER_BYTE)
 
