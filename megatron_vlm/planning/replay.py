@@ -1,7 +1,7 @@
 """A step replayed on virtual ranks: which rank does what when, from the cost of each part.
 
-    every rank:       encode 0 | encode 1 . . . . | encode backward 0, encode 2 . . .
-    embedding stage:        features of 0 -> forward 0, 1, ... backward ... -> gradients of 0
+    every rank:      encode 0, encode 1, forward ... encode 2 ... encoder backward 0, encode 3 ...
+    embedding stage: features of 0 -> forward 0, 1, ... last backward of window 0 -> gradients of 0
 
 Every rank works through a list of its own, in the engine's order of passes (`schedule.passes`); a
 task begins once the rank is free and what it needs from others has come. The lists of all replicas
@@ -17,7 +17,8 @@ before it encodes ahead, or at the end of the step.
 What is simplified, all of it to the good of the step: a transfer keeps neither end from other work,
 as with the engine's overlapped sends, while its plain 1F1B waits for the receiver; a rank encodes
 ahead before the pass's input has come; ranks that share a picture do not wait for each other within
-it. Passes that the engine runs at once to hide the experts' all-to-all stand one after the other.
+it. To its harm, passes that the engine runs at once to hide the experts' all-to-all stand one after
+the other.
 """
 
 from __future__ import annotations
