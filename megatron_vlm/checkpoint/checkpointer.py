@@ -28,6 +28,7 @@ from megatron_vlm.checkpoint.optimizer_state import (
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
 from megatron_vlm.checkpoint.writer import CheckpointWriter, first_cause
 from megatron_vlm.config import ModelConfig, RunConfig, dump_yaml, with_absolute_paths
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.engine.trainable import Trainable
 from megatron_vlm.errors import CheckpointError
@@ -60,12 +61,19 @@ class Progress:
 class Checkpointer:
     """Saves a run under `run_dir/checkpoints`."""
 
-    def __init__(self, config: RunConfig, tokenizer_json: str, stream: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer_json: str,
+        template: TemplateText | None,
+        stream: dict[str, Any],
+    ) -> None:
         """Nothing is written yet.
 
         Args:
             config: the run; checkpoints carry it.
             tokenizer_json: the data set's `tokenizer.json`; checkpoints carry it too.
+            template: what the model is asked by, carried likewise; null: the built-in format.
             stream: what decides the order of the data (`data_stream`).
         """
         settings = config.checkpoint
@@ -76,6 +84,8 @@ class Checkpointer:
             "config.yaml": dump_yaml(with_absolute_paths(config)),
             folder.TOKENIZER: tokenizer_json,
         }
+        if template is not None:
+            self._texts[folder.TEMPLATE] = template.to_json()
         self._writer = CheckpointWriter(
             self.root, settings.async_save, settings.keep_last, settings.keep_every
         )

@@ -8,7 +8,8 @@
 
 A checkpoint holds the engine's sharded files (`__0_0.distcp`, `.metadata`, `common.pt`,
 `metadata.json`), `state.json` (counters, model, versions), `config.yaml` (resolved),
-`tokenizer.json`, and `manifest.json` (size and SHA-256 of every other file).
+`tokenizer.json`, `chat_template.json` where dialogues were written by one, and `manifest.json`
+(size and SHA-256 of every other file).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer.json"
+TEMPLATE = "chat_template.json"
+"""Of dialogues that a chat template wrote alone."""
 MODEL = "model.yaml"
 """Of an imported checkpoint alone: its model, for `model=FILE`."""
 FORMAT_VERSION = 1

@@ -31,6 +31,7 @@ _BUILD_HELP = "turn a source into a data set: tars, an index, a tokenizer"
 _EXAMPLES = """examples:
   mvlm data build conversations.json datasets/train
   mvlm data build 'tars/{000..127}.tar' datasets/captions --workers 16
+  mvlm data build chats.jsonl datasets/chats --tokenizer qwen/tokenizer.json --chat-template qwen
   mvlm data build grounding.jsonl datasets/grounding --coordinates absolute --model dots-vlm1
 
 A build that was ended early goes on after its last complete shard when the same command is run
@@ -132,7 +133,7 @@ def _add_reading(group: argparse._ArgumentGroup) -> None:
         choices=("keep", "drop", "toggle"),
         default="keep",
         help="thinking traces: keep them, drop them, or put them under a system prompt that asks "
-        "for them (default: %(default)s)",
+        "for them, or with --chat-template under its own switch (default: %(default)s)",
     )
     for which, what in (("thinking", "asks for a trace"), ("plain", "asks for none")):
         group.add_argument(
@@ -167,6 +168,13 @@ def _add_encoding(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         type=Path,
         help="a Hugging Face tokenizer.json (default: byte-level)",
+    )
+    group.add_argument(
+        "--chat-template",
+        metavar="PATH",
+        type=Path,
+        help="write dialogues as another model does: its folder, its tokenizer_config.json, or a "
+        "file of its Jinja template; with its --tokenizer (default: the built-in format)",
     )
     group.add_argument(
         "--knots",
@@ -213,6 +221,7 @@ def _build(args: argparse.Namespace) -> int:
     from megatron_vlm.data.build import build_dataset
     from megatron_vlm.data.format import REJECTED_FILE
     from megatron_vlm.data.sources.options import SourceOptions
+    from megatron_vlm.data.template_text import TemplateText
     from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer
 
     seen = _seen(args)
@@ -234,6 +243,7 @@ def _build(args: argparse.Namespace) -> int:
         form=args.form,
         options=options,
         tokenizer=tokenizer.with_knots() if args.knots else tokenizer,
+        template=TemplateText.load(args.chat_template) if args.chat_template else None,
         seen=seen,
         count_points=args.count_points,
         video_fps=args.video_fps,
@@ -242,7 +252,7 @@ def _build(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         workers=args.workers,
         show_progress=True,
-        inputs=[args.tokenizer] if args.tokenizer else [],
+        inputs=[path for path in (args.tokenizer, args.chat_template) if path],
     )
     _tell(
         f"{args.out}: {summary.samples:,} samples, {summary.pictures:,} pictures, "

@@ -12,6 +12,7 @@ from megatron_vlm.cli.arguments import positive
 from megatron_vlm.cli.data_source import Opened, add_source, open_source
 
 if TYPE_CHECKING:
+    from megatron_vlm.data.index import DatasetIndex
     from megatron_vlm.data.rows import Cursor
 from megatron_vlm.data.stream import RowStream
 
@@ -80,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
         if len(sections) == 1
         else f"rows {args.start:,} to {args.start + len(sections) - 1:,}"
     )
-    content = page(title, _facts(opened), sections).encode()
+    content = page(title, _facts(opened), sections, _templates(opened)).encode()
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, content)
@@ -139,11 +140,29 @@ def _sections(opened: Opened, cursor: Cursor, count: int, quality: int | None) -
             yield row_section(row, config.training.seq_length, quality)
 
 
+def _chat(index: DatasetIndex) -> str:
+    if not index.has_dialogues:
+        return ""
+    return f", {'built-in chat format' if index.template is None else 'written by a chat template'}"
+
+
+def _templates(opened: Opened) -> list[tuple[str, str]]:
+    """The chat templates of the sources, as text; what they write by name stands above."""
+    found = []
+    for source in opened.data.stream.sources:
+        template = source.samples.index.template
+        if template is not None:
+            named = [f"{name}: {text}\n" for name, text in template.special_tokens.items()]
+            text = "".join([*named, "\n" if named else "", template.source])
+            found.append((f"chat template of {source.name}", text))
+    return found
+
+
 def _facts(opened: Opened) -> list[tuple[str, str]]:
     config = opened.config
     sources = [
         f"{source.name} ({source.samples.index.path}, {source.samples.index.kind}s, coordinates "
-        f"{source.samples.index.coordinates['convention']})"
+        f"{source.samples.index.coordinates['convention']}{_chat(source.samples.index)})"
         for source in opened.data.stream.sources
     ]
     return [

@@ -549,6 +549,9 @@ class DataConfig(_Section):
     further apart. Our choice."""
     shuffle: bool = True
     """A new order each epoch, from training.seed."""
+    chat_source: str | None = None
+    """Source of train whose chat format checkpoints carry for answers and releases; null: that of
+    all with dialogues, which must not differ then."""
     long_samples: LongSamples = "refuse"
     """Samples longer than training.seq_length: refuse to start, leave them out (skip), or cut them
     into rows (split), which leaves out only what is not learned throughout: conversations."""
@@ -584,6 +587,11 @@ class DataConfig(_Section):
         for name, source in self.train.items():
             if source.weight is not None and source.repeat != 1:
                 raise ValueError(f"train.{name} has a weight and a repeat; keep one of them")
+        if self.chat_source is not None and self.chat_source not in self.train:
+            raise ValueError(
+                f"chat_source names {self.chat_source!r}; expected a source of train: "
+                f"{', '.join(self.train) or 'there are none'}"
+            )
         before = -1
         for number, point in enumerate(self.schedule):
             unknown = sorted(set(point.weights) - set(self.train))

@@ -19,6 +19,8 @@ from typing import Any
 from megatron_vlm.data.build_progress import BuildProgress
 from megatron_vlm.data.build_publish import complete_files, published_files, switch
 from megatron_vlm.data.build_state import BuildState, only_one, sign
+from megatron_vlm.data.chat import ThinkingSettings
+from megatron_vlm.data.chat_template import ChatTemplate
 from megatron_vlm.data.draft import Source
 from megatron_vlm.data.encode import (
     EncodeSettings,
@@ -39,6 +41,7 @@ from megatron_vlm.data.ordered import map_ordered, usable_cores
 from megatron_vlm.data.shards import ShardRecord, ShardWriter
 from megatron_vlm.data.sources.opening import open_source
 from megatron_vlm.data.sources.options import SourceOptions
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import Tokenizer, byte_tokenizer, sha256
 from megatron_vlm.data.video import LEVELS
 from megatron_vlm.errors import DataError
@@ -75,6 +78,7 @@ def build_dataset(
     form: str = "auto",
     options: SourceOptions | None = None,
     tokenizer: Tokenizer | None = None,
+    template: TemplateText | None = None,
     image_root: Path | None = None,
     seen: PictureRule | None = None,
     count_points: bool = False,
@@ -96,8 +100,9 @@ def build_dataset(
         source: a file, a folder, or a pattern of tars.
         out: folder to write; made if missing.
         form: a key of `sources.opening.FORMS`, or `auto`.
-        options: how the source is read; its tokenizer is that of the set.
+        options: how the source is read; its tokenizer and its template are those of the set.
         tokenizer: null makes the byte-level one.
+        template: what dialogues are written by; null: the built-in format.
         image_root: instead of that of `options`.
         seen: how the model resizes pictures: coordinates are written in pixels of the result; null:
             in thousandths of a picture's sides.
@@ -111,22 +116,32 @@ def build_dataset(
         inputs: other files that the caller has read, which replacing must not remove.
 
     Raises:
-        DataError: the source, the tokenizer or the folder is unfit, every sample is bad, memory
-            runs out, or the disk refuses.
+        DataError: the source, the tokenizer, the template or the folder is unfit, the source holds
+            no dialogues for the template, every sample is bad, memory runs out, or the disk
+            refuses.
     """
     _check_numbers(shard_mb, workers, video_fps, video_max_tokens)
     tokenizer = tokenizer or byte_tokenizer()
-    options = replace(options or SourceOptions(), tokenizer=tokenizer)
+    options = replace(options or SourceOptions(), tokenizer=tokenizer, template=None)
+    if template is not None:
+        options = replace(options, template=_checked(template, tokenizer, options))
     if image_root is not None:
         options = replace(options, image_root=image_root)
     progress = BuildProgress(show_progress)
     said: list[str] = []
     opened = open_source(source, form, options, said.append)
+    if template is not None and opened.kind == "document":
+        raise DataError(
+            f"{source}: holds documents, which have no turns that {template.name} could write; "
+            "leave out --chat-template"
+        )
     build = _Build(
         source=source,
         opened=opened,
         out=out,
-        settings=EncodeSettings(tokenizer, seen, count_points, video_fps, video_max_tokens),
+        settings=EncodeSettings(
+            tokenizer, seen, count_points, video_fps, video_max_tokens, template
+        ),
         shard_bytes=shard_mb * _MEGABYTE,
         threads=workers or usable_cores(),
         progress=progress,
@@ -135,7 +150,8 @@ def build_dataset(
         signature = sign(source, out, _signed(form, options, build))
         published = BuildState(out).published(signature)
         _check_target(out, overwrite, published)
-        _check_inputs(out, source, inputs, tokenizer)
+        known = [text.to_json().encode() for text in (tokenizer, template) if text is not None]
+        _check_inputs(out, source, inputs, known)
         out.mkdir(parents=True, exist_ok=True)
         for line in said:
             progress.tell(line)
@@ -233,6 +249,19 @@ def _check_numbers(
         )
 
 
+def _checked(template: TemplateText, tokenizer: Tokenizer, options: SourceOptions) -> ChatTemplate:
+    """The template with the set's tokenizer, once it is known to serve."""
+    found = ChatTemplate(template, tokenizer)
+    found.check(options.thinking.mode)
+    prompts = {options.thinking.prompt(thinks) for thinks in (True, False)}
+    if prompts != {ThinkingSettings().prompt(thinks) for thinks in (True, False)}:
+        raise DataError(
+            "--thinking-prompt and --plain-prompt are of the built-in format; a chat template "
+            "toggles thinking by itself: leave them out"
+        )
+    return found
+
+
 def _signed(form: str, options: SourceOptions, build: _Build) -> dict[str, Any]:
     """The settings that decide what is written, as plain values."""
     settings = build.settings
@@ -242,9 +271,10 @@ def _signed(form: str, options: SourceOptions, build: _Build) -> dict[str, Any]:
         "options": {
             item.name: str(getattr(options, item.name))
             for item in fields(options)
-            if item.name != "tokenizer"
+            if item.name not in ("tokenizer", "template")
         },
         "tokenizer": sha256(settings.tokenizer.to_json().encode()),
+        "template": settings.template and settings.template.sha256,
         "seen": rule
         and (rule.patch_size * rule.spatial_merge_size, rule.min_pixels, rule.max_pixels),
         "count_points": settings.count_points,
@@ -290,7 +320,7 @@ def _check_target(out: Path, overwrite: bool, published: Mapping[str, Any] | Non
         raise DataError(f"{out}: holds a data set; choose another folder or add --overwrite")
 
 
-def _check_inputs(out: Path, source: Path, inputs: Sequence[Path], tokenizer: Tokenizer) -> None:
+def _check_inputs(out: Path, source: Path, inputs: Sequence[Path], known: Sequence[bytes]) -> None:
     """Raises DataError if replacing what `out` holds would remove a file that is being read, or the
     source would hold what is written."""
     target = out.resolve()
@@ -303,8 +333,8 @@ def _check_inputs(out: Path, source: Path, inputs: Sequence[Path], tokenizer: To
         path = given.resolve()
         if not any(path.is_relative_to(place) for place in doomed):
             continue
-        # The set's own tokenizer may serve again: the new set holds the same bytes.
-        if not path.is_file() or path.read_bytes() != tokenizer.to_json().encode():
+        # The set's own tokenizer and template may serve again: the new set holds the same bytes.
+        if not path.is_file() or path.read_bytes() not in known:
             raise DataError(
                 f"{given}: lies among the files that replacing {out} removes; move it, or choose "
                 "another folder"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_vlm.data.build_state import BuildState
 from megatron_vlm.data.chat import CHAT_SETTINGS
+from megatron_vlm.data.chat_template import TEMPLATE_SETTINGS
 from megatron_vlm.data.draft import Source
 from megatron_vlm.data.encode import EncodeSettings
 from megatron_vlm.data.format import (
@@ -22,6 +23,7 @@ from megatron_vlm.data.format import (
     INDEX_FILE,
     ORIGINS_FILE,
     REJECTED_FILE,
+    TEMPLATE_FILE,
     TOKENIZER_FILE,
     build_folders,
     remove_build,
@@ -32,6 +34,7 @@ from megatron_vlm.data.format import (
 from megatron_vlm.data.index import Coordinates
 from megatron_vlm.data.index_file import write_columns
 from megatron_vlm.data.shards import ShardFiles, ShardRecord
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import sha256
 from megatron_vlm.data.video import LEVELS
 
@@ -77,6 +80,10 @@ def complete_files(
     sync(building / INDEX_FILE)
     tokenizer_json = settings.tokenizer.to_json().encode()
     write_synced(building / TOKENIZER_FILE, tokenizer_json)
+    template_json: list[bytes] = []
+    if settings.template is not None:
+        template_json.append(settings.template.to_json().encode())
+        write_synced(building / TEMPLATE_FILE, template_json[0])
     origins = (json.dumps(list(source.origins)) + "\n").encode()
     write_synced(building / ORIGINS_FILE, origins)
     rejected = building / REJECTED_FILE
@@ -84,7 +91,8 @@ def complete_files(
     content, entries = _digest_samples(shards, files)
 
     # What all files follow from, the shards included: equal names mean equal files.
-    parts = (content, entries, index_sha256, sha256(origins), sha256(tokenizer_json))
+    others = (origins, tokenizer_json, *template_json)
+    parts = (content, entries, index_sha256, *map(sha256, others))
     folder = sha256("".join([*parts, rejected_sha256]).encode())[:16]
     return {
         "format_version": FORMAT_VERSION,
@@ -107,7 +115,7 @@ def complete_files(
             "vocab_size": settings.tokenizer.vocab_size,
             "special_tokens": settings.tokenizer.special_ids.by_token(),
         },
-        "chat": CHAT_SETTINGS,
+        "chat": CHAT_SETTINGS if settings.template is None else _template(settings.template),
     }
 
 
@@ -154,7 +162,12 @@ def coordinates(settings: EncodeSettings) -> Coordinates:
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:
-    return [*(str(shard["name"]) for shard in record["shards"]), *_OTHER_FILES]
+    template = [TEMPLATE_FILE] if "template" in record["chat"] else []
+    return [*(str(shard["name"]) for shard in record["shards"]), *_OTHER_FILES, *template]
+
+
+def _template(template: TemplateText) -> dict[str, Any]:
+    return {**TEMPLATE_SETTINGS, "template": {"name": TEMPLATE_FILE, "sha256": template.sha256}}
 
 
 def _video(settings: EncodeSettings) -> dict[str, Any]:

@@ -68,6 +68,10 @@ class ThinkingSettings:
     plain_prompt: str = "Answer directly, without writing down any reasoning first."
     """System prompt of one without, under `toggle`. Our wording."""
 
+    def prompt(self, thinks: bool) -> str:
+        """The system prompt of a conversation with a trace, or of one without."""
+        return self.thinking_prompt if thinks else self.plain_prompt
+
 
 def conversation_parts(
     turns: Sequence[Turn],
@@ -113,15 +117,9 @@ def session_parts(
     check_turns(sessions)
     marked = MarkedTexts(media_kinds, objects, video_fps)
     opening = marked.opening(turn.text for turns in sessions for turn in turns)
-    if not any(turn.is_learned for turns in sessions for turn in turns):
-        lacks = (
-            "learned" if any(t.role == "assistant" for ts in sessions for t in ts) else "assistant"
-        )
-        raise DataError(f"conversation has no {lacks} turn, so there is nothing to learn")
+    check_learned(sessions)
     parts: list[Part] = []
     for number, turns in enumerate(sessions):
-        if not turns:
-            raise DataError(f"sessions[{number}]: has no turns; leave it out")
         opened = open_first(turns, opening) if number == 0 else turns
         shown = _with_switch(opened, thinking)
         for turn in shown:
@@ -191,15 +189,33 @@ def encode_conversation(
     return encode_parts(tokenizer, conversation_parts([Turn(*turn) for turn in turns], kinds))
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, num_pictures: int) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer,
+    text: str,
+    num_pictures: int,
+    *,
+    system: str | None = None,
+    thinks: bool | None = None,
+) -> list[int]:
     """Ids of one user turn and the opening of the answer, for generation.
 
     Equal to the beginning of `encode_conversation` of the same question.
 
+    Args:
+        tokenizer: gives ids and special tokens.
+        text: the question.
+        num_pictures: placeholders wanted.
+        system: prompt of the system; null: there is no such turn.
+        thinks: under the system prompt that asks for a thinking trace, or under the one that asks
+            for none, as `toggle` writes them (`ThinkingSettings`); null: under neither.
+
     Raises:
         DataError: marks and pictures differ in number.
     """
-    conversation: list[Turn] = [Turn("user", text), Turn("assistant", "")]
+    conversation = [] if system is None else [Turn("system", system)]
+    conversation += [Turn("user", text), Turn("assistant", "")]
+    if thinks is not None:
+        conversation = _under_prompt(conversation, ThinkingSettings().prompt(thinks))
     ids, _ = encode_conversation(tokenizer, conversation, num_pictures)
     return ids[:-2]
 
@@ -222,6 +238,22 @@ def check_turns(sessions: Sequence[Sequence[Turn]]) -> None:
             raise DataError(f"reasoning of a {turn.role} turn: only the assistant may have one")
 
 
+def check_learned(sessions: Sequence[Sequence[Turn]]) -> None:
+    """Refuse conversations that teach nothing.
+
+    Raises:
+        DataError: nothing is learned, or one has no turns.
+    """
+    if not any(turn.is_learned for turns in sessions for turn in turns):
+        lacks = (
+            "learned" if any(t.role == "assistant" for ts in sessions for t in ts) else "assistant"
+        )
+        raise DataError(f"conversation has no {lacks} turn, so there is nothing to learn")
+    for number, turns in enumerate(sessions):
+        if not turns:
+            raise DataError(f"sessions[{number}]: has no turns; leave it out")
+
+
 def open_first(turns: Sequence[Turn], opening: str) -> Sequence[Turn]:
     """The turns with `MarkedTexts.opening` put before the first question."""
     if not opening:
@@ -237,8 +269,11 @@ def _with_switch(turns: Sequence[Turn], thinking: ThinkingSettings) -> Sequence[
         return [turn._replace(reasoning=None) for turn in turns]
     if thinking.mode == "keep":
         return turns
-    thinks = any(has_reasoning(turn) for turn in turns)
-    prompt = thinking.thinking_prompt if thinks else thinking.plain_prompt
+    return _under_prompt(turns, thinking.prompt(any(has_reasoning(turn) for turn in turns)))
+
+
+def _under_prompt(turns: Sequence[Turn], prompt: str) -> list[Turn]:
+    """The turns with `prompt` opening their system turn, or as their system turn."""
     if turns[0].role == "system":
         return [turns[0]._replace(text=f"{prompt}\n\n{turns[0].text}"), *turns[1:]]
     return [Turn("system", prompt), *turns]

@@ -1,112 +1,139 @@
 """Chat templates of other models: a conversation in the form that such a model was trained on.
 
-A template is rendered with a sentinel in the place of every content, one that no template can
-know. What stands between the sentinels is the template's own and may spell special tokens; the
-contents themselves never do.
+What the template itself writes about the contents (`template_gaps`) may spell special tokens; the
+contents themselves never do. The template is given texts alone: a picture or a video keeps its
+place in its text, and is put there after the template has been rendered.
 """
 
 from __future__ import annotations
 
-import json
-import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from megatron_vlm.data.chat import Thinking, Turn, check_turns, has_reasoning, open_first
+from megatron_vlm.data.chat import (
+    Thinking,
+    Turn,
+    check_learned,
+    check_turns,
+    encode_parts,
+    has_reasoning,
+    open_first,
+)
 from megatron_vlm.data.draft import Part, Text, Tokens
 from megatron_vlm.data.marks import MarkedTexts, MediaKind
-from megatron_vlm.data.template_sandbox import MAX_SOURCE, compile_template
+from megatron_vlm.data.template_gaps import TemplateGaps, Value
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import DataError
 
-_TEMPLATE_FILE = "chat_template.jinja"
-_CONFIG_FILE = "tokenizer_config.json"
-_MAX_CONFIG = 2**26
+TEMPLATE_SETTINGS: dict[str, object] = {
+    "loss": "assistant text, what the assistant itself writes before it, and the special token "
+    "that ends it",
+}
+"""What `dataset.json` records of dialogues that a template writes, beside the template."""
+
+SplitText: TypeAlias = Callable[[int, bool, str], Sequence[Part]]
+"""Parts of a content: the turn's number, whether it is the trace, and the text, of which the
+template may have stripped white space."""
+
+_PROBE = (Turn("user", "question"), Turn("assistant", "answer"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """A text that a template is given."""
+def end_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
+    """Ids of the special tokens that end an answer: those of a template, or the built-in ones.
 
-    turn: int
-    text: str
-    is_reasoning: bool
+    Raises:
+        DataError: the template ends answers with none.
+    """
+    ends = template.end_ids if template is not None else {tokenizer.special("end")}
+    return frozenset({tokenizer.eos_id, *ends})
 
 
 class ChatTemplate:
     """A template together with the tokenizer that it is for."""
 
-    def __init__(
-        self,
-        source: str,
-        tokenizer: Tokenizer,
-        special_tokens: Mapping[str, str] | None = None,
-        name: str = "chat template",
-    ) -> None:
-        """Check a template.
+    def __init__(self, text: TemplateText, tokenizer: Tokenizer) -> None:
+        """Compile a template.
 
         Args:
-            source: in Jinja, as `chat_template` of a `tokenizer_config.json`.
+            text: the template.
             tokenizer: its spellings of special tokens become these tokens.
-            special_tokens: what the template may write by name: `bos_token`, `eos_token`, ...
-            name: what errors call it.
 
         Raises:
             DataError: no valid template, or one that reads files.
         """
-        self._render = compile_template(source, name)
+        self.text = text
+        self._gaps = TemplateGaps(text)
         self._tokenizer = tokenizer
-        self._special_tokens = dict(special_tokens or {})
-        self._name = name
+        self._openings: dict[bool | None, str] = {}
 
-    @classmethod
-    def load(cls, path: Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """Read a template as models are published with.
+    def check(self, thinking: Thinking = "keep") -> None:
+        """Refuse a template before it has written anything.
 
         Args:
-            path: a model's folder, its `tokenizer_config.json`, or a file of the template alone,
-                whose special tokens are read from a `tokenizer_config.json` beside it, if any.
-            tokenizer: the model's.
+            thinking: what it will be asked to do with traces.
 
         Raises:
-            DataError: no template there, or one that cannot serve.
+            DataError: it cannot write a question and its answer with this tokenizer, cannot ask
+                for an answer, or cannot toggle thinking.
         """
-        if path.is_dir():
-            alone = path / _TEMPLATE_FILE
-            path = alone if alone.exists() else path / _CONFIG_FILE
-        config: dict[str, Any] = {}
-        if path.suffix == ".json":
-            config = _read_config(path)
-            source = _template_of(config.get("chat_template"))
-            if source is None:
-                raise DataError(f"{path}: has no chat_template; name a file that holds one")
-        else:
-            source = _read(path, 4 * MAX_SOURCE)
-            beside = path.with_name(_CONFIG_FILE)
-            config = _read_config(beside) if beside.exists() else {}
-        return cls(source, tokenizer, _special_tokens(config), str(path))
+        for name, spelled in self.text.special_tokens.items():
+            pieces = self._tokenizer.split_template(spelled)
+            if len(pieces) != 1 or isinstance(pieces[0], str):
+                raise DataError(
+                    f"{self.text.name}: its {name} {spelled!r} is no special token of the "
+                    "tokenizer; give the model's own tokenizer.json with --tokenizer"
+                )
+        self.write(_PROBE, lambda turn, _, text: [Text(text, _PROBE[turn].is_learned)])
+        self.prompt("question")
+        if thinking == "toggle":
+            self.check_switch("--thinking toggle")
 
-    def parts(
+    def check_switch(self, asked: str) -> None:
+        """Refuse a template that asks for an answer alike whether it is told to think or not.
+
+        Raises:
+            DataError: it does; `asked` names what needs the switch.
+        """
+        on, off = (self._gaps.asked(_PROBE[:1], thinks) for thinks in (True, False))
+        if on == off:
+            raise DataError(
+                f"{asked}: {self.text.name} asks for an answer alike, whatever enable_thinking and "
+                "thinking are; leave it out, or use a template that knows one of them"
+            )
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Ids of the special tokens that end an answer, in a conversation and at its end.
+
+        Raises:
+            DataError: there is none.
+        """
+        _, gaps = self._gaps.find((*_PROBE, *_PROBE), None)
+        return frozenset(self._ending(gap)[0] for gap in (gaps[2], gaps[4]))
+
+    def session_parts(
         self,
-        turns: Sequence[Turn],
+        sessions: Sequence[Sequence[Turn]],
         media_kinds: Sequence[MediaKind] = (),
         *,
         objects: Sequence[Any] | None = None,
         video_fps: float | None = None,
         thinking: Thinking = "keep",
     ) -> list[Part]:
-        """Parts of one conversation as the template writes it.
+        """Parts of one sample: conversations one after another, each as the template writes it.
 
-        Learned are the contents of learned turns, the special token that ends such a turn, and of a
-        thinking trace also what the template writes around it. A template may leave out traces of
-        earlier turns, as many do, and strip white space from contents.
+        Learned are the contents of learned turns, what the assistant itself writes before them
+        (what the template does not write when it asks for an answer), and the special token that
+        ends such a turn. A template may leave out traces of earlier turns, as many do, and strip
+        white space from contents.
 
         Args:
-            turns: in order.
+            sessions: the conversations, in order. Several need a template that opens each with a
+                special token that it writes nowhere else.
             media_kinds: what each of the sample's media is, in the order of `Draft.media`.
             objects: what grounding marks refer to; null: they are text like any other.
             video_fps: frames a second wanted of the videos; null: the build's default.
@@ -116,252 +143,184 @@ class ChatTemplate:
 
         Raises:
             DataError: turns or marks that cannot be, nothing that is learned, or a template that
-                refuses the conversation, or drops, repeats, reorders or changes a content, or ends
-                a learned turn with no special token.
+                refuses the conversation, or drops, repeats, reorders or changes a content, ends a
+                learned turn with no special token, or cannot open several conversations.
         """
-        check_turns([turns])
-        if not any(turn.is_learned for turn in turns):
-            raise DataError("conversation has no learned turn, so there is nothing to learn")
+        check_turns(sessions)
         marked = MarkedTexts(media_kinds, objects, video_fps)
-        shown = open_first(turns, marked.opening(turn.text for turn in turns))
+        opening = marked.opening(turn.text for turns in sessions for turn in turns)
+        check_learned(sessions)
+        parts: list[Part] = []
+        for number, turns in enumerate(sessions):
+            shown = open_first(turns, opening) if number == 0 else turns
+
+            def split(
+                turn: int, is_reasoning: bool, text: str, shown: Sequence[Turn] = shown
+            ) -> list[Part]:
+                cut = marked.split_grounding if is_reasoning else marked.split
+                return cut(text, shown[turn].is_learned)
+
+            written = self.write(shown, split, thinking)
+            if len(sessions) > 1:
+                self._check_opening(written)
+            parts += written
+        return parts
+
+    def write(
+        self, turns: Sequence[Turn], split: SplitText, thinking: Thinking = "keep"
+    ) -> list[Part]:
+        """Parts of one conversation whose contents the caller splits.
+
+        Args:
+            turns: in order; their texts are what the template is given.
+            split: makes parts of each text.
+            thinking: as for `session_parts`.
+
+        Raises:
+            DataError: as for `session_parts`.
+        """
         if thinking == "drop":
-            shown = [turn._replace(reasoning=None) for turn in shown]
-        thinks = thinking == "keep" or any(has_reasoning(turn) for turn in shown)
+            turns = [turn._replace(reasoning=None) for turn in turns]
+        thinks = thinking == "keep" or any(has_reasoning(turn) for turn in turns)
         switch = thinks and thinking != "drop"
-        values, gaps = self._gaps(shown, switch)
-        return self._assemble(shown, values, gaps, marked, switch)
+        values, gaps = self._gaps.find(turns, switch)
+        return self._assemble(turns, values, gaps, split, switch)
 
-    def _gaps(self, turns: Sequence[Turn], thinks: bool) -> tuple[list[_Value], list[str]]:
-        """The values that the template writes, and its own text before each and after the last."""
-        values: list[_Value] = []
-        for number, turn in enumerate(turns):
-            if turn.reasoning is not None and has_reasoning(turn):
-                values.append(_Value(number, turn.reasoning, True))
-            values.append(_Value(number, turn.text, False))
-        sentinels = [secrets.token_hex(16) for _ in values]
-        kept, gaps = self._split(turns, values, sentinels, sentinels, thinks)
-        if all(value.text == value.text.strip() for value in values):
-            return kept, gaps
-        # Once more with each content's own white space about it, to see which of it is stripped.
-        edges = [_edges(value.text) for value in values]
-        texts = [
-            before + sentinel + after
-            for (before, _, after), sentinel in zip(edges, sentinels, strict=True)
-        ]
-        kept_spaced, spaced = self._split(turns, values, sentinels, texts, thinks)
-        if kept_spaced != kept:
-            raise self._refuse("drops a content that has white space about it")
-        return self._stripped(kept, gaps, spaced), gaps
-
-    def _split(
+    def prompt(
         self,
-        turns: Sequence[Turn],
-        values: Sequence[_Value],
-        sentinels: Sequence[str],
-        texts: Sequence[str],
-        thinks: bool,
-    ) -> tuple[list[_Value], list[str]]:
-        """Render with `texts` for contents, each with its sentinel in it, and cut at these."""
-        rest = self._render_turns(turns, values, texts, thinks)
-        kept, gaps = [], []
-        last = max(value.turn for value in values if turns[value.turn].is_learned)
-        for value, sentinel in zip(values, sentinels, strict=True):
-            what = "reasoning" if value.is_reasoning else "text"
-            name = f"the {what} of turn {value.turn} ({turns[value.turn].role})"
-            if sentinel not in rest:
-                # Traces of earlier turns are left out on purpose.
-                if value.is_reasoning and value.turn < last:
-                    continue
-                raise self._refuse(f"drops, changes or reorders {name}")
-            before, rest = rest.split(sentinel, 1)
-            if sentinel in rest:
-                raise self._refuse(f"repeats {name}")
-            kept.append(value)
-            gaps.append(before)
-        if any(sentinel in text for sentinel in sentinels for text in (*gaps, rest)):
-            raise self._refuse("reorders what was said")
-        return kept, [*gaps, rest]
+        question: str,
+        num_pictures: int = 0,
+        *,
+        system: str | None = None,
+        thinks: bool | None = None,
+    ) -> list[int]:
+        """Ids of a question and of what asks for its answer.
 
-    def _render_turns(
-        self,
-        turns: Sequence[Turn],
-        values: Sequence[_Value],
-        texts: Sequence[str],
-        thinks: bool,
-        opens_answer: bool = False,
-    ) -> str:
-        messages: list[dict[str, str]] = [{"role": turn.role} for turn in turns]
-        for value, text in zip(values, texts, strict=True):
-            field = "reasoning_content" if value.is_reasoning else "content"
-            messages[value.turn][field] = text
-        return self._render(
-            {
-                **self._special_tokens,
-                "messages": messages,
-                "add_generation_prompt": opens_answer,
-                "enable_thinking": thinks,
-                "thinking": thinks,
-                "tools": None,
-                "documents": None,
-            }
-        )
+        Args:
+            question: with `<image>` marks, or none: then all pictures open it.
+            num_pictures: placeholders wanted.
+            system: prompt of the system; null: there is no such turn.
+            thinks: what the template is told as `enable_thinking` and `thinking`; null: nothing, so
+                that it does what it does of itself.
 
-    def _stripped(
-        self, values: Sequence[_Value], gaps: Sequence[str], spaced: Sequence[str]
-    ) -> list[_Value]:
-        """The values without the white space that the template strips."""
-        left = [_edges(value.text)[0] for value in values]
-        right = [_edges(value.text)[2] for value in values]
-        ends, starts = [""], []
-        for gap, found, before, after in zip(gaps, spaced, ["", *right], [*left, ""], strict=True):
-            # Templates strip all white space, line breaks, blanks, or nothing.
-            tries = [
-                (end, start)
-                for end in (before, before.rstrip("\n"), before.rstrip(" "), "")
-                for start in (after, after.lstrip("\n"), after.lstrip(" "), "")
-                if found == end + gap + start
-            ]
-            if not tries:
-                raise self._refuse("changes the white space about contents")
-            end, start = tries[0]
-            ends.append(end)
-            starts.append(start)
-        return [
-            _Value(value.turn, start + value.text.strip() + end, value.is_reasoning)
-            for value, start, end in zip(values, starts[:-1], ends[2:], strict=True)
-        ]
+        Returns:
+            ids [n] with exactly `num_pictures` placeholders.
+
+        Raises:
+            DataError: marks and pictures differ in number, or a template that refuses the turns,
+                has no form that asks for an answer, or does not know to think or not.
+        """
+        turns = [] if system is None else [Turn("system", system)]
+        marked = MarkedTexts(["image"] * num_pictures)
+        asked = [*turns, Turn("user", question)]
+        opening = marked.opening(turn.text for turn in asked)
+        asked = list(open_first(asked, opening))
+        if thinks is not None:
+            self.check_switch(f"thinking {'on' if thinks else 'off'}")
+        if not self._gaps.asked(asked, thinks):
+            raise self._gaps.refusal(
+                "asks for no answer where add_generation_prompt is true, so that a model could not "
+                "be asked"
+            )
+        values, gaps = self._gaps.find(asked, thinks, asks=True)
+        parts: list[Part] = []
+        for value, gap in zip([*values, None], gaps, strict=True):
+            parts += self._own(gap, False)
+            if value is not None:
+                parts += marked.split(value.text, False)
+        return encode_parts(self._tokenizer, parts)[0]
 
     def _assemble(
         self,
         turns: Sequence[Turn],
-        values: Sequence[_Value],
+        values: Sequence[Value],
         gaps: Sequence[str],
-        marked: MarkedTexts,
+        split: SplitText,
         thinks: bool,
     ) -> list[Part]:
         parts: list[Part] = []
-        previous: _Value | None = None
+        previous: Value | None = None
         for value, gap in zip([*values, None], gaps, strict=True):
             if previous is not None and value is not None and previous.turn == value.turn:
                 # Between a trace and its answer.
                 parts += self._own(gap, turns[value.turn].is_learned)
             else:
-                opening = ""
-                if value is not None and value.is_reasoning and turns[value.turn].is_learned:
-                    opening = self._opening(turns, value, gap, previous, thinks)
+                opening = self._opening(turns, value.turn, gap, thinks) if value is not None else ""
                 own = gap.removesuffix(opening)
                 ends_learned = previous is not None and turns[previous.turn].is_learned
                 parts += self._closing(own) if ends_learned else self._own(own, False)
                 parts += self._own(opening, True)
             if value is not None:
-                split = marked.split_grounding if value.is_reasoning else marked.split
-                parts += split(value.text, turns[value.turn].is_learned)
+                parts += split(value.turn, value.is_reasoning, value.text)
             previous = value
         return parts
 
-    def _opening(
-        self,
-        turns: Sequence[Turn],
-        value: _Value,
-        gap: str,
-        previous: _Value | None,
-        thinks: bool,
-    ) -> str:
-        """What the assistant itself writes before a trace: the end of `gap` that is not there when
-        the template asks for an answer."""
-        earlier = turns[: value.turn]
-        sentinels = [secrets.token_hex(16) for _ in earlier]
-        contents = [_Value(number, "", False) for number in range(len(earlier))]
+    def _opening(self, turns: Sequence[Turn], number: int, gap: str, thinks: bool) -> str:
+        """What the assistant itself writes before its first content: the end of `gap` that is not
+        there when the template asks for an answer."""
+        turn = turns[number]
+        if turn.role != "assistant" or not turn.is_learned:
+            return ""
+        if thinks not in self._openings:
+            self._openings[thinks] = self._asking(thinks)
+        # Nearly always, and then nothing has to be rendered.
+        if self._openings[thinks] and gap.endswith(self._openings[thinks]):
+            return ""
+        asked = self._gaps.asked(turns[:number], thinks)
+        return gap.removeprefix(asked) if asked and gap.startswith(asked) else ""
+
+    def _asking(self, thinks: bool) -> str:
+        """What asking adds behind a question; empty if it is not simply added there."""
+        values = [Value(0, "", False)]
         try:
             asked, told = (
-                self._render_turns(earlier, contents, sentinels, thinks, opens_answer)
-                for opens_answer in (True, False)
+                self._gaps.render(_PROBE[:1], values, ["question"], thinks, asks)
+                for asks in (True, False)
             )
         except DataError:
-            # A conversation that nobody would be asked to answer.
+            # It wants more turns than this one.
             return ""
-        if asked == told:
-            # The template has no form that asks for one.
-            return ""
-        if previous is not None:
-            asked = asked.rpartition(sentinels[previous.turn])[2]
-        return gap.removeprefix(asked) if gap.startswith(asked) else ""
+        return asked.removeprefix(told) if asked.startswith(told) else ""
 
     def _closing(self, gap: str) -> list[Part]:
         """What follows a learned turn, of which the special token that ends it is learned too."""
+        _, end = self._ending(gap)
+        pieces = self._tokenizer.split_template(gap)
+        return [*self._parts_of(pieces[:end], True), *self._parts_of(pieces[end:], False)]
+
+    def _ending(self, gap: str) -> tuple[int, int]:
+        """Id of the special token that ends a turn, and how many pieces of `gap` end with it."""
         pieces = self._tokenizer.split_template(gap)
         blank = bool(pieces) and isinstance(pieces[0], str) and not pieces[0].strip()
         end = 2 if blank else 1
-        if len(pieces) < end or isinstance(pieces[end - 1], str):
-            raise self._refuse(
+        token = pieces[end - 1] if len(pieces) >= end else ""
+        if isinstance(token, str):
+            raise self._gaps.refusal(
                 "ends a learned turn with no special token of the tokenizer, so that a model would "
                 "not learn to stop"
             )
-        return [*self._parts_of(pieces[:end], True), *self._parts_of(pieces[end:], False)]
+        return token, end
+
+    def _check_opening(self, parts: Sequence[Part]) -> None:
+        """Raises DataError unless a conversation among others can be told to begin here."""
+        own = [int(part.ids[0]) for part in parts if isinstance(part, Tokens)]
+        if not isinstance(parts[0], Tokens) or own.count(int(parts[0].ids[0])) != 1:
+            raise self._gaps.refusal(
+                "opens a conversation with no special token of its own, so that several sessions "
+                "in one sample would run into each other"
+            )
 
     def _own(self, text: str, learned: bool) -> list[Part]:
         return self._parts_of(self._tokenizer.split_template(text), learned)
 
     def _parts_of(self, pieces: Sequence[str | int], learned: bool) -> list[Part]:
         if self._tokenizer.image_id in pieces:
-            raise self._refuse("writes a picture's placeholder itself; expected <image> in a text")
+            raise self._gaps.refusal(
+                "writes a picture's placeholder itself; expected <image> in a text"
+            )
         return [
             Text(piece, learned)
             if isinstance(piece, str)
             else Tokens(np.array([piece], dtype=np.int32), learned)
             for piece in pieces
         ]
-
-    def _refuse(self, reason: str) -> DataError:
-        return DataError(f"{self._name}: {reason}; use another template, or the built-in format")
-
-
-def _edges(text: str) -> tuple[str, str, str]:
-    """A text's leading white space, its core, and its trailing white space."""
-    core = text.strip()
-    start = text.index(core) if core else len(text)
-    return text[:start], core, text[start + len(core) :]
-
-
-def _read(path: Path, most: int) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected a chat template"
-        ) from error
-    if len(content) > most:
-        raise DataError(f"{path}: more than {most} bytes; expected a chat template")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text; expected a chat template") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_read(path, _MAX_CONFIG))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); mend the file") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: holds {type(config).__name__}; expected an object")
-    return config
-
-
-def _template_of(field: Any) -> str | None:
-    """The template of a `chat_template` field: a string, or a list with one called default."""
-    if isinstance(field, list):
-        named = [t for t in field if isinstance(t, dict) and t.get("name") == "default"]
-        field = named[0].get("template") if named else None
-    return field if isinstance(field, str) else None
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and the like, which are spelled out or described."""
-    found = {}
-    for key, value in config.items():
-        spelled = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(spelled, str):
-            found[key] = spelled
-    return found

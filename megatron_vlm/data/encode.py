@@ -37,6 +37,7 @@ from megatron_vlm.data.format import DEFAULT_VIDEO_FPS, DEFAULT_VIDEO_TOKENS, ST
 from megatron_vlm.data.geometry import PictureRule, target_size
 from megatron_vlm.data.grounding import resolve_marks
 from megatron_vlm.data.ordered import Reserve
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.data.video import timestamp
 from megatron_vlm.errors import DataError
@@ -60,6 +61,8 @@ class EncodeSettings:
     """Frames a second taken from videos that name none."""
     video_max_tokens: int = DEFAULT_VIDEO_TOKENS
     """Most language tokens of a video."""
+    template: TemplateText | None = None
+    """What the source wrote its dialogues by; null: the built-in format."""
 
 
 class PlacedPicture(NamedTuple):

@@ -28,6 +28,7 @@ DEFAULT_VIDEO_TOKENS = 81920
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.json"
 ORIGINS_FILE = "origins.json"
 REJECTED_FILE = "rejected.jsonl"
 TEMPORARY_SUFFIX = ".tmp"
@@ -38,7 +39,7 @@ BUILDING_FOLDER = "building.tmp"
 _BUILD_NAME = re.compile(r"[0-9a-f]{16}")
 _BUILD_FILE = re.compile(
     r"shard-\d{5,}\.(tar|columns|rejected|json)|index\.safetensors|tokenizer\.json|origins\.json"
-    r"|rejected\.jsonl|(resume|publish)\.json"
+    r"|chat_template\.json|rejected\.jsonl|(resume|publish)\.json"
 )
 
 STILL = -(2**63)

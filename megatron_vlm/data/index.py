@@ -22,11 +22,13 @@ from megatron_vlm.data.format import (
     FORMAT_VERSION,
     INDEX_FILE,
     ORIGINS_FILE,
+    TEMPLATE_FILE,
     TOKENIZER_FILE,
     is_build_name,
     member_key,
 )
 from megatron_vlm.data.index_file import Limits, check_columns, find_columns, map_columns
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import SpecialIds, sha256
 from megatron_vlm.errors import DataError
 
@@ -115,8 +117,15 @@ class DatasetIndex:
     """How coordinates are written in its text."""
     video: Mapping[str, Any] | None
     """How its videos' frames were chosen: `fps`, `max_tokens`, `levels`; null: it has none."""
+    template: TemplateText | None
+    """What its dialogues are written by; null: the built-in format, or it holds none."""
     columns: IndexColumns
     """Metadata of every sample and picture."""
+
+    @property
+    def has_dialogues(self) -> bool:
+        """Whether its samples have turns, which some chat format has written."""
+        return self.kind != "document"
 
     @property
     def num_samples(self) -> int:
@@ -191,7 +200,9 @@ def open_dataset(path: str | Path) -> DatasetIndex:
         tokenizer = record["tokenizer"]
         special_ids = SpecialIds.from_names(tokenizer["special_tokens"])
         vocab_size, digest = int(tokenizer["vocab_size"]), str(tokenizer["sha256"])
-    except (KeyError, TypeError, ValueError) as error:
+        template = record["chat"].get("template")
+        template_digest = None if template is None else str(template["sha256"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{given / DATASET_FILE}: field {error} is missing or of the wrong type; "
             "build the data set again"
@@ -231,8 +242,20 @@ def open_dataset(path: str | Path) -> DatasetIndex:
         kind=kind,
         coordinates=coordinates,
         video=video,
+        template=None if template_digest is None else _read_template(folder, template_digest),
         columns=IndexColumns(**map_columns(folder / INDEX_FILE, places)),
     )
+
+
+def _read_template(folder: Path, digest: str) -> TemplateText:
+    path = folder / TEMPLATE_FILE
+    content = _read_bytes(path)
+    if sha256(content) != digest:
+        raise DataError(
+            f"{path}: differs from the chat template that the samples were written by; restore it "
+            "or build the data set again"
+        )
+    return TemplateText.from_json(content.decode(), str(path))
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -178,6 +178,17 @@ class Tokenizer:
         """
         return self._special[name]
 
+    def spelling(self, token: int) -> str:
+        """How the vocabulary spells a token; a special one as texts of templates do.
+
+        Raises:
+            KeyError: no such token.
+        """
+        spelled = self._backend.id_to_token(token)
+        if spelled is None:
+            raise KeyError(token)
+        return str(spelled)
+
     def with_knots(self) -> Tokenizer:
         """This tokenizer with the special tokens of `KNOT_TOKENS`, after all its ids.
 

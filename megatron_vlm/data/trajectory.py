@@ -3,6 +3,7 @@
 `{"instruction": TEXT, "steps": [{"image": PATH, "thought": TEXT, "action": TEXT}, ...]}` becomes
 `<|user|>INSTRUCTION, line break, picture<|end|><|assistant|>Thought: ... Action: ...<|end|>`, then
 for each further step `<|user|>picture<|end|>` and the assistant's turn. Actions alone are learned.
+A chat template writes the same turns in its own form.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_vlm.data.chat import Thinking, Turn
+from megatron_vlm.data.chat_template import ChatTemplate
 from megatron_vlm.data.draft import Part, Picture, Special
 from megatron_vlm.data.grounding import split_marks
+from megatron_vlm.data.marks import IMAGE_MARK
 from megatron_vlm.errors import DataError
 
 THOUGHT_LINE = "Thought: {thought}\n"
@@ -57,7 +61,12 @@ def parse_trajectory(entry: Any) -> Trajectory:
 
 
 def trajectory_parts(
-    trajectory: Trajectory, *, objects: Sequence[Any] | None = None, learn_thoughts: bool = False
+    trajectory: Trajectory,
+    *,
+    objects: Sequence[Any] | None = None,
+    learn_thoughts: bool = False,
+    template: ChatTemplate | None = None,
+    thinking: Thinking = "keep",
 ) -> list[Part]:
     """Parts of a trajectory. Its media are the steps' pictures, in order.
 
@@ -66,24 +75,51 @@ def trajectory_parts(
         objects: what grounding marks in any of its texts refer to; null: they are text like any
             other. `image` of an object is the number of its step.
         learn_thoughts: thoughts are targets as actions are.
+        template: what writes the turns; null: the built-in format.
+        thinking: what the template is told, which has no traces to write: thoughts are text.
 
     Raises:
-        DataError: a grounding mark that cannot be resolved.
+        DataError: a grounding mark that cannot be resolved, or a template that cannot write them.
     """
     pictures = range(len(trajectory.steps))
+
+    def split(turn: int, _: bool, text: str) -> list[Part]:
+        number, answers = divmod(turn, 2)
+        if not answers:
+            # The turn's own mark is its last word; what the instruction spells is text.
+            said = text.removesuffix(IMAGE_MARK)
+            return [*split_marks(said, False, objects, pictures), Picture(number)]
+        thought = _thought_line(trajectory.steps[number])
+        action = text.removeprefix(thought)
+        return [
+            *split_marks(thought, learn_thoughts, objects, pictures),
+            *split_marks(action, True, objects, pictures),
+        ]
+
+    turns = _turns(trajectory)
+    if template is not None:
+        return template.write(turns, split, thinking)
     parts: list[Part] = []
-    for number, step in enumerate(trajectory.steps):
-        parts.append(Special("user", False))
-        if number == 0:
-            parts += split_marks(trajectory.instruction + "\n", False, objects, pictures)
-        parts += [Picture(number), Special("end", False), Special("assistant", False)]
-        if step.thought is not None:
-            thought = THOUGHT_LINE.format(thought=step.thought)
-            parts += split_marks(thought, learn_thoughts, objects, pictures)
-        action = ACTION_LINE.format(action=step.action)
-        parts += [*split_marks(action, True, objects, pictures), Special("end", True)]
+    for number, turn in enumerate(turns):
+        parts += [Special(turn.role, False), *split(number, False, turn.text)]
+        parts.append(Special("end", turn.is_learned))
     parts.append(Special("eos", True))
     return parts
+
+
+def _turns(trajectory: Trajectory) -> list[Turn]:
+    """Question and answer of each step; each question ends with its picture's mark."""
+    turns: list[Turn] = []
+    for number, step in enumerate(trajectory.steps):
+        asked = "" if number else trajectory.instruction + "\n"
+        turns.append(Turn("user", asked + IMAGE_MARK))
+        answer = _thought_line(step) + ACTION_LINE.format(action=step.action)
+        turns.append(Turn("assistant", answer))
+    return turns
+
+
+def _thought_line(step: Step) -> str:
+    return "" if step.thought is None else THOUGHT_LINE.format(thought=step.thought)
 
 
 def _step(step: Any, name: str) -> Step:

@@ -10,18 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_vlm.checkpoint.chat import read_template
 from megatron_vlm.checkpoint.checkpointer import Progress, load_model
 from megatron_vlm.checkpoint.folder import TOKENIZER, find_checkpoint
 from megatron_vlm.config import ParallelConfig, RecomputeConfig, RunConfig, load_recipe
 from megatron_vlm.data.chat import encode_prompt
+from megatron_vlm.data.chat_template import ChatTemplate, end_ids
 from megatron_vlm.data.geometry import grid, num_image_tokens, target_size
 from megatron_vlm.data.pictures import decode_picture, patches
 from megatron_vlm.data.positions import multimodal_positions, segment_positions
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.models.initialize import initialize
@@ -42,6 +46,10 @@ class Question:
     """Files as they are on disk (PNG, JPEG, ...)."""
     names: tuple[str, ...] = ()
     """What errors call the pictures; empty for their numbers."""
+    system: str | None = None
+    """System prompt; null: there is none."""
+    thinks: bool | None = None
+    """Whether it is told to think first, or not to; null: neither."""
 
     def name(self, number: int) -> str:
         """What errors call picture `number`, from 0."""
@@ -65,18 +73,28 @@ class _Prompt:
 class Answerer:
     """A loaded model in a process group of its own; a context manager."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        checkpoint: Path | None,
+        template: TemplateText | None = None,
+    ) -> None:
         """Build the model of `config` in this process and fill it.
 
         Args:
             config: the run; its layout is replaced by one process.
             tokenizer: the one it was trained with.
             checkpoint: weights to load; null leaves the initial ones of training.seed.
+            template: what questions are written by; null: the built-in format.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another model.
+            DataError: the template cannot ask for answers.
         """
         self.config, self.tokenizer = _alone(config), tokenizer
+        self.template = None if template is None else ChatTemplate(template, tokenizer)
+        self.end_ids = end_ids(tokenizer, self.template)
         layout = resolve_layout(self.config, 1)
         device = start_distributed(World(0, 1, 0, "alone", "127.0.0.1", free_port()))
         try:
@@ -102,15 +120,26 @@ class Answerer:
             self.model.encoder.eval()
 
     @classmethod
-    def from_checkpoint(cls, path: Path) -> Answerer:
+    def from_checkpoint(
+        cls, path: Path, chat: TemplateText | Literal["recorded", "built-in"] = "recorded"
+    ) -> Answerer:
         """Load a run folder or a checkpoint, which carry their configuration and tokenizer.
+
+        Args:
+            path: the folder.
+            chat: what questions are written by: what the checkpoint carries, the built-in format
+                whatever that is, or another template.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
+            DataError: its tokenizer or its template cannot serve.
         """
         found = find_checkpoint(path)
         config = load_recipe(found / "config.yaml")
-        return cls(config, Tokenizer.load(found / TOKENIZER), found)
+        tokenizer = Tokenizer.load(found / TOKENIZER)
+        if chat == "recorded":
+            return cls(config, tokenizer, found, read_template(found))
+        return cls(config, tokenizer, found, chat if isinstance(chat, TemplateText) else None)
 
     def __enter__(self) -> Answerer:
         return self
@@ -203,7 +232,7 @@ class Answerer:
 
     def _prompt(self, question: Question) -> _Prompt:
         vision, encoder = self.config.model.vision, self.model.encoder
-        ids = encode_prompt(self.tokenizer, question.text, len(question.pictures))
+        ids = self._question_ids(question)
         hidden = self.config.model.language.hidden_size
         features = torch.zeros(0, hidden)
         counts: list[int] = []
@@ -236,8 +265,17 @@ class Answerer:
             )
         return _Prompt(expanded, features, places, counts, widths)
 
+    def _question_ids(self, question: Question) -> list[int]:
+        """Ids of a question, each picture as one placeholder, and of what opens its answer."""
+        text, pictures = question.text, len(question.pictures)
+        if self.template is None:
+            return encode_prompt(
+                self.tokenizer, text, pictures, system=question.system, thinks=question.thinks
+            )
+        return self.template.prompt(text, pictures, system=question.system, thinks=question.thinks)
+
     def _decode(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> list[str]:
-        ends = {self.tokenizer.eos_id, self.tokenizer.special("<|end|>")}
+        ends = self.end_ids
         limit = self.config.model.language.max_position_embeddings
         rooms = [min(max_new_tokens, limit - len(prompt.ids)) for prompt in prompts]
         given: list[list[int]] = [[] for _ in prompts]

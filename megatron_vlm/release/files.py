@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.checkpoint import folder
+from megatron_vlm.checkpoint.chat import read_template
 from megatron_vlm.config import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.families import Family
@@ -110,7 +111,8 @@ def small_files(
     if kept is None:
         tokenizer = checkpoint / folder.TOKENIZER
         if tokenizer.is_file():
-            return hub_files(model, family, tokenizer.read_text(), dtype)
+            template = read_template(checkpoint)
+            return hub_files(model, family, tokenizer.read_text(), dtype, template)
         return {"config.json": as_json(model_config(model, family, dtype))}
     before = json.loads(kept["config.json"])
     code = python_files() if family.sees else {}

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config.schema import ModelConfig, VisionConfig
+from megatron_vlm.data.chat_template import ChatTemplate, end_ids
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_vlm.models.hf.families import Family
 
@@ -31,7 +33,11 @@ PROCESSOR = f"{PROCESSING}.MegatronVlmProcessor"
 
 
 def hub_files(
-    model: ModelConfig, family: Family, tokenizer_json: str, dtype: str
+    model: ModelConfig,
+    family: Family,
+    tokenizer_json: str,
+    dtype: str,
+    template: TemplateText | None = None,
 ) -> dict[str, bytes]:
     """Content of each file beside the weights, by its name.
 
@@ -40,25 +46,32 @@ def hub_files(
         family: what it is released as.
         tokenizer_json: text of the `tokenizer.json` that the model was trained with.
         dtype: of the weights in the files, for example `bfloat16`.
+        template: what it is asked by; null: the built-in format.
 
     Raises:
         ConversionError: the model has a trait that the family lacks.
-        DataError: `tokenizer_json` is no Hugging Face tokenizer.
+        DataError: `tokenizer_json` is no Hugging Face tokenizer, or the template cannot serve.
     """
     tokenizer = Tokenizer.from_json(tokenizer_json)
     ids = tokenizer.special_ids
+    chat = None if template is None else ChatTemplate(template, tokenizer)
+    ends = sorted(end_ids(tokenizer, chat))
+    # Where one is asked for, the token that ends a template's answers; ours ends the sample too.
+    eos = ids.eos if chat is None else min(chat.end_ids)
     config = model_config(model, family, dtype)
     if family.sees:
         config |= {"image_token_id": ids.image, "video_token_id": None}
-    config |= {"bos_token_id": None, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    config |= {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": ids.pad}
     files: dict[str, Any] = {
         "config.json": config,
-        "generation_config.json": _generation_config(tokenizer, model.language.vocab_size),
-        "tokenizer_config.json": _tokenizer_config(model.language.max_position_embeddings),
+        "generation_config.json": _generation_config(tokenizer, ends, model.language.vocab_size),
+        "tokenizer_config.json": _tokenizer_config(
+            model.language.max_position_embeddings, tokenizer.spelling(eos), template
+        ),
     }
     content = {name: as_json(value) for name, value in files.items()}
     content["tokenizer.json"] = tokenizer.to_json().encode()
-    content["chat_template.jinja"] = (HUB / "chat_template.jinja").read_bytes()
+    content["chat_template.jinja"] = _chat_template(template, family.sees)
     if model.vision is not None:
         content["preprocessor_config.json"] = as_json(_preprocessor_config(model.vision))
         content["processor_config.json"] = as_json(_processor_config())
@@ -119,26 +132,38 @@ def _processor_config() -> dict[str, Any]:
     }
 
 
-def _generation_config(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    ids = tokenizer.special_ids
-    config = {"eos_token_id": [ids.eos, ids.end], "pad_token_id": ids.pad, "do_sample": False}
+def _generation_config(tokenizer: Tokenizer, ends: list[int], vocab_size: int) -> dict[str, Any]:
+    config = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_id, "do_sample": False}
     unused = range(tokenizer.vocab_size, vocab_size)
     # Rows of the embedding that no token has are never an answer, as in `mvlm generate`.
     return {**config, "suppress_tokens": list(unused)} if unused else config
 
 
-def _tokenizer_config(longest: int) -> dict[str, Any]:
+def _tokenizer_config(longest: int, eos: str, template: TemplateText | None) -> dict[str, Any]:
     named = ("image", "system", "user", "assistant", "end")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": SPECIAL_TOKENS["pad"],
-        "eos_token": SPECIAL_TOKENS["eos"],
+        "eos_token": eos,
+        # What a template writes by name is spelled here.
+        **(template.special_tokens if template is not None else {}),
         "extra_special_tokens": {f"{role}_token": SPECIAL_TOKENS[role] for role in named},
         "model_max_length": longest,
         # Answers follow their prompts directly, whatever the prompts' lengths.
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
+
+
+def _chat_template(template: TemplateText | None, sees: bool) -> bytes:
+    """What transformers renders: the built-in format, or another model's template.
+
+    That knows nothing of our placeholder, so before it messages with pictures become texts.
+    """
+    if template is None:
+        return (HUB / "chat_template.jinja").read_bytes()
+    before = (HUB / "pictures.jinja").read_text() if sees else ""
+    return (before + template.source).encode()
 
 
 def python_files() -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from megatron_vlm.checkpoint import folder
 from megatron_vlm.checkpoint.checkpointer import Progress
 from megatron_vlm.checkpoint.streamed import FILE_BYTES, Box, StreamedCheckpoint, boxes
 from megatron_vlm.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.families import Family, read_model
 from megatron_vlm.models.hf.names import Run, Translation, translate
@@ -75,6 +76,7 @@ def import_folder(
     Raises:
         ConversionError: the folder is not exactly the model that its config.json describes, holds
             a number that is not finite, or the target is not to be written; nothing is left then.
+        DataError: its chat template cannot be read.
     """
     config_file = source / "config.json"
     with read_errors(source):
@@ -82,6 +84,7 @@ def import_folder(
     config = read_json(config_file)
     with read_errors(source):
         kept = kept_files(source)
+        template = TemplateText.of_model(source)
     family, model = read_model(config, str(config_file), picture_settings(source, kept))
     with (
         one_thread(),
@@ -103,7 +106,7 @@ def import_folder(
                         checkpoint.write(item.key, item.shape, box, values)
                         meter.advance(values.nbytes)
             written = checkpoint.commit(
-                _state(model, family, dtype, work), _files(kept, model, work)
+                _state(model, family, dtype, work), _files(kept, model, work, template)
             )
     return ImportSummary(
         written,
@@ -204,7 +207,9 @@ def _precision(work: list[_Item]) -> str:
     return {torch.float64: "fp64", torch.float32: "fp32"}.get(work[0].dtype, "bf16")
 
 
-def _files(kept: dict[str, bytes], model: ModelConfig, work: list[_Item]) -> dict[str, bytes]:
+def _files(
+    kept: dict[str, bytes], model: ModelConfig, work: list[_Item], template: TemplateText | None
+) -> dict[str, bytes]:
     # A run of one sample: what `mvlm generate` needs, and a place to read the model from.
     training = TrainingConfig(
         train_iters=1,
@@ -216,6 +221,8 @@ def _files(kept: dict[str, bytes], model: ModelConfig, work: list[_Item]) -> dic
         "config.yaml": dump_yaml(RunConfig(model=model, training=training)).encode(),
         folder.MODEL: dump_yaml(model).encode(),
     }
+    if template is not None:
+        files[folder.TEMPLATE] = template.to_json().encode()
     for name, content in kept.items():
         files[folder.TOKENIZER if name == folder.TOKENIZER else f"{KEPT_FOLDER}/{name}"] = content
     return files

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_vlm.checkpoint.chat import read_template
 from megatron_vlm.checkpoint.folder import TOKENIZER
 from megatron_vlm.checkpoint.stored import StoredTensors
 from megatron_vlm.config import load_recipe
@@ -53,7 +54,7 @@ def trainer_logits(
     """
     config = load_recipe(checkpoint / "config.yaml", ["training.precision=fp32"])
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
-    with Answerer(config, tokenizer, checkpoint) as answerer:
+    with Answerer(config, tokenizer, checkpoint, read_template(checkpoint)) as answerer:
         _as_released(answerer, checkpoint, dtype)
         special = set(asdict(tokenizer.special_ids).values())
         usable = [i for i in range(tokenizer.vocab_size) if i not in special]

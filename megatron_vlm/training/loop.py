@@ -44,6 +44,7 @@ from megatron_vlm.platform.memory import release_unused
 from megatron_vlm.platform.peak import peak_tflops
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
+from megatron_vlm.training.chat import chat_template
 from megatron_vlm.training.console import StepBar, logger, open_logs
 from megatron_vlm.training.datasets import (
     OpenData,
@@ -79,8 +80,9 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     world = world or detect_world()
     layout = resolve_layout(config, world.world_size)
     data, held_out = open_training_data(config), open_held_out_data(config)
-    # Read here too, so that a bad file is told before any process group exists.
+    # For their refusals, before there is a process group.
     given_cost(config)
+    chat_template(config, data, None)
     device = start_distributed(world)
     failed = True
     try:
@@ -125,8 +127,10 @@ class Run:
         self.view = rank_view(topology, share_out(config, topology.layout, cost))
         self._tokenizer = data.stream.sources[0].samples.index.tokenizer_path.read_text()
         self._stream = data_stream(config, data)
-        self.checkpointer = Checkpointer(config, self._tokenizer, self._stream)
-        self.progress = self._restore()
+        start, with_optimizer = find_start(config, self._stream, self._tokenizer)
+        self.progress = self._restore(start, with_optimizer)
+        template = chat_template(config, data, start)
+        self.checkpointer = Checkpointer(config, self._tokenizer, template, self._stream)
         self._step_started = self._waited = 0.0
         self.step = TrainStep(
             config,
@@ -336,11 +340,10 @@ class Run:
             prefetch_steps=self.config.data.prefetch_steps,
         )
 
-    def _restore(self) -> Progress:
-        source, with_optimizer = find_start(self.config, self._stream, self._tokenizer)
-        if source is None:
+    def _restore(self, start: Path | None, with_optimizer: bool) -> Progress:
+        if start is None:
             return Progress()
-        progress = load_run(source, self.trainable, self.config, with_optimizer)
+        progress = load_run(start, self.trainable, self.config, with_optimizer)
         self.trainable.steps = progress.optimizer_steps
         return progress
 

@@ -63,7 +63,7 @@ def test_contents(wheel: Path) -> None:
     }
     assert modules <= names
     hub = {str(path.relative_to(ROOT)) for path in ROOT.glob("megatron_vlm/release/hub/*.*")}
-    assert len(hub) == 4 and hub <= names
+    assert len(hub) == 5 and hub <= names
     assert not [name for name in names if name.startswith(("tests", "configs", "benchmarks"))]
     assert (fields["Name"], fields["Version"]) == ("megatron-vlm", megatron_vlm.__version__)
     assert set(fields["Requires-Python"].split(",")) == {">=3.11", "<3.13"}

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_vlm.data.chat import Turn, encode_parts
 from megatron_vlm.data.chat_template import ChatTemplate
 from megatron_vlm.data.draft import Mark, Picture, Text
 from megatron_vlm.data.template_sandbox import MAX_SOURCE, compile_template
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import DataError
+from tests.data.templates import word_tokenizer
 
 pytestmark = pytest.mark.unit
 
@@ -84,31 +84,17 @@ NAMED: dict[str, dict[str, str]] = {
 }
 
 
-@cache
 def tokenizer_of(style: str) -> Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    # Line breaks stay together whatever follows, as in the tokenizers that these models have.
-    words = tokenizers.Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s*[\r\n]+|\s+")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=SPECIAL[style],
-        show_progress=False,
-    )
-    text = "user\nassistant\nsystem\nthe cat sat on the mat.\n\n What is it? It is a cat"
-    backend.train_from_iterator([text] * 9, trainer)
-    return Tokenizer(backend)
+    return word_tokenizer(tuple(SPECIAL[style]))
 
 
 def template(style: str) -> ChatTemplate:
-    return ChatTemplate(SOURCES[style], tokenizer_of(style), NAMED[style], style)
+    return ChatTemplate(TemplateText(SOURCES[style], NAMED[style], style), tokenizer_of(style))
+
+
+def chatml(source: str) -> ChatTemplate:
+    """Another template for the tokenizer of ChatML."""
+    return ChatTemplate(TemplateText(source, name="bad"), tokenizer_of("chatml"))
 
 
 def of_transformers(style: str, turns: list[Turn], **variables: Any) -> list[int]:
@@ -150,7 +136,7 @@ TURNS = [
 
 @pytest.mark.parametrize("style", SOURCES)
 def test_ids_of_transformers(style: str) -> None:
-    parts = template(style).parts(TURNS, thinking="drop")
+    parts = template(style).session_parts([TURNS], thinking="drop")
     ids, flags = encode_parts(tokenizer_of(style), parts)
     assert ids == of_transformers(style, TURNS, enable_thinking=False, thinking=False)
     end = NAMED[style]["eos_token"]
@@ -168,9 +154,9 @@ def test_thinking(style: str) -> None:
     end = NAMED[style]["eos_token"]
     if style == "llama":
         with pytest.raises(DataError, match="llama: drops, changes or reorders the reasoning of"):
-            template(style).parts(turns)
+            template(style).session_parts([turns])
         return
-    ids, flags = encode_parts(tokenizer_of(style), template(style).parts(turns))
+    ids, flags = encode_parts(tokenizer_of(style), template(style).session_parts([turns]))
     assert ids == of_transformers(style, turns, enable_thinking=True, thinking=True)
     last = {
         "chatml": "<think>\nI think\n</think>\n\nthe cat<|im_end|>",
@@ -181,23 +167,29 @@ def test_thinking(style: str) -> None:
     # Dropped, a trace is as if it had never been.
     bare = [turn._replace(reasoning=None) for turn in turns]
     ids_without, _ = encode_parts(
-        tokenizer_of(style), template(style).parts(turns, thinking="drop")
+        tokenizer_of(style), template(style).session_parts([turns], thinking="drop")
     )
     assert ids_without == of_transformers(style, bare, enable_thinking=False, thinking=False)
     # Told to think where there is a trace, and only there.
-    kept = encode_parts(tokenizer_of(style), template(style).parts(turns, thinking="toggle"))
+    kept = encode_parts(
+        tokenizer_of(style), template(style).session_parts([turns], thinking="toggle")
+    )
     assert kept == (ids, flags)
-    toggled = encode_parts(tokenizer_of(style), template(style).parts(TURNS, thinking="toggle"))
-    dropped = encode_parts(tokenizer_of(style), template(style).parts(TURNS, thinking="drop"))
+    toggled = encode_parts(
+        tokenizer_of(style), template(style).session_parts([TURNS], thinking="toggle")
+    )
+    dropped = encode_parts(
+        tokenizer_of(style), template(style).session_parts([TURNS], thinking="drop")
+    )
     assert toggled == dropped
     if style == "deepseek":
-        assert dropped != encode_parts(tokenizer_of(style), template(style).parts(TURNS))
+        assert dropped != encode_parts(tokenizer_of(style), template(style).session_parts([TURNS]))
 
 
 def test_trace_of_a_template_that_never_asks() -> None:
     source = CHATML[: CHATML.index("{%- if add_generation_prompt")]
     turns = [Turn("user", "q"), Turn("assistant", "the cat", reasoning="hm")]
-    parts = ChatTemplate(source, tokenizer_of("chatml")).parts(turns)
+    parts = chatml(source).session_parts([turns])
     ids, flags = encode_parts(tokenizer_of("chatml"), parts)
     # Nobody can tell who writes what opens the trace.
     assert learned_text("chatml", ids, flags) == ["hm\n</think>\n\nthe cat<|im_end|>"]
@@ -215,7 +207,7 @@ def test_white_space_is_stripped_where_the_template_does(style: str) -> None:
             turns[1] = Turn("user", rng.choice(spaces))
         if style == "chatml":
             turns[-1] = turns[-1]._replace(reasoning=f"{rng.choice(spaces)}hm{rng.choice(spaces)}")
-        parts = template(style).parts(turns)
+        parts = template(style).session_parts([turns])
         # The strings, since what is learned is encoded apart from the rest.
         ids, _ = encode_parts(tokenizer_of(style), parts)
         expected = of_transformers(style, turns, enable_thinking=True, thinking=True)
@@ -231,9 +223,9 @@ def test_contents_spell_nothing(style: str) -> None:
     tokenizer = tokenizer_of(style)
     evil = "".join(SPECIAL[style]) + "<|eos|><|image|>{{ messages }}{% raw %}"
     turns = [Turn("user", evil), Turn("assistant", evil)]
-    ids, _ = encode_parts(tokenizer, template(style).parts(turns))
+    ids, _ = encode_parts(tokenizer, template(style).session_parts([turns]))
     harmless, _ = encode_parts(
-        tokenizer, template(style).parts([Turn("user", "a"), Turn("assistant", "a")])
+        tokenizer, template(style).session_parts([[Turn("user", "a"), Turn("assistant", "a")]])
     )
     special = {tokenizer.encode_template(token)[0] for token in SPECIAL[style]}
     special |= set(tokenizer.special_ids.by_token().values())
@@ -249,7 +241,7 @@ def test_media_marks_and_learned_turns() -> None:
         Turn("assistant", "<point:0> two", reasoning="<image>"),
     ]
     objects = [{"box": [0, 0, 1, 1], "point": [0, 0]}]
-    parts = template("chatml").parts(turns, ["image"], objects=objects)
+    parts = template("chatml").session_parts([turns], ["image"], objects=objects)
     ends = tokenizer_of("chatml").encode_template("<|im_start|><|im_end|>")
     spelled = ""
     for part in parts:
@@ -297,7 +289,7 @@ def test_media_marks_and_learned_turns() -> None:
 def test_templates_that_are_refused(source: str, reason: str) -> None:
     turns = [Turn("user", "q"), Turn("assistant", "a")]
     with pytest.raises(DataError, match=reason) as caught:
-        ChatTemplate(source, tokenizer_of("chatml"), name="bad").parts(turns)
+        chatml(source).session_parts([turns])
     assert "\n" not in str(caught.value)
 
 
@@ -325,7 +317,7 @@ def test_what_becomes_of_traces_is_told(source: str, reason: str) -> None:
         Turn("assistant", "a"),
     ]
     with pytest.raises(DataError, match=reason):
-        ChatTemplate(source, tokenizer_of("chatml")).parts(turns)
+        chatml(source).session_parts([turns])
 
 
 GROW = "{% set ns = namespace(s='\"a') %}{% for i in range(90) %}{% set ns.s = GROWN %}{% endfor %}"
@@ -391,7 +383,7 @@ def test_templates_do_what_jinja_does() -> None:
 def test_load(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("llama")
     turns = [Turn("user", "q"), Turn("assistant", "a")]
-    expected = encode_parts(tokenizer, template("llama").parts(turns))
+    expected = encode_parts(tokenizer, template("llama").session_parts([turns]))
     described = {"bos_token": {"content": "<|begin|>", "lstrip": False}, "eos_token": "<|eot_id|>"}
     config = tmp_path / "tokenizer_config.json"
     for field in (
@@ -400,24 +392,24 @@ def test_load(tmp_path: Path) -> None:
     ):
         config.write_text(json.dumps({**described, "chat_template": field}))
         for path in (config, tmp_path):
-            loaded = ChatTemplate.load(path, tokenizer)
-            assert encode_parts(tokenizer, loaded.parts(turns)) == expected
+            loaded = ChatTemplate(TemplateText.load(path), tokenizer)
+            assert encode_parts(tokenizer, loaded.session_parts([turns])) == expected
     config.write_text(json.dumps(described))
     with pytest.raises(DataError, match="has no chat_template"):
-        ChatTemplate.load(tmp_path, tokenizer)
+        TemplateText.load(tmp_path)
     alone = tmp_path / "chat_template.jinja"
     alone.write_text(LLAMA)
     for path in (alone, tmp_path):
-        loaded = ChatTemplate.load(path, tokenizer)
-        assert encode_parts(tokenizer, loaded.parts(turns)) == expected
+        loaded = ChatTemplate(TemplateText.load(path), tokenizer)
+        assert encode_parts(tokenizer, loaded.session_parts([turns])) == expected
     config.write_text("[")
     with pytest.raises(DataError, match="not valid JSON"):
-        ChatTemplate.load(tmp_path, tokenizer)
+        TemplateText.load(tmp_path)
     alone.write_bytes(b"\xff")
     with pytest.raises(DataError, match="not UTF-8"):
-        ChatTemplate.load(alone, tokenizer)
+        TemplateText.load(alone)
     with pytest.raises(DataError, match="cannot be read"):
-        ChatTemplate.load(tmp_path / "none.jinja", tokenizer)
+        TemplateText.load(tmp_path / "none.jinja")
 
 
 @pytest.mark.parametrize("style", SOURCES)

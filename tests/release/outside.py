@@ -5,6 +5,7 @@
     python outside.py round_trip FOLDER...
     python outside.py resave FOLDER...
     python outside.py processor FOLDER CLASS
+    python outside.py chat FOLDER REQUEST RESULT
 
 Importing megatron-core or this package fails here, as where they are not installed.
 """
@@ -194,9 +195,40 @@ def processor(folder: str, expected: str) -> None:
     assert expected in [kind.__name__ for kind in type(found).__mro__], type(found)
 
 
+def chat(folder: str, request: str, result: str) -> None:
+    """Prompts and answers of questions with a system prompt and a switch of thinking."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    asked = json.loads(Path(request).read_text())
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    found = []
+    for question in asked["asked"]:
+        content = [{"type": "image", "image": file} for file in question["pictures"]]
+        content.append({"type": "text", "text": question["text"]})
+        messages = [{"role": "user", "content": content}]
+        if question["system"] is not None:
+            system = [{"type": "text", "text": question["system"]}]
+            messages.insert(0, {"role": "system", "content": system})
+        switch = {} if question["thinks"] is None else {"enable_thinking": question["thinks"]}
+        inputs = processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **switch,
+        )
+        out = model.generate(**inputs, max_new_tokens=asked["max_new_tokens"])
+        length = inputs["input_ids"].shape[1]
+        text = processor.decode(out[0, length:], skip_special_tokens=True)
+        found.append({"prompt": inputs["input_ids"][0].tolist(), "text": text})
+    Path(result).write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
-    {action.__name__: action for action in (answer, example, round_trip, resave, processor)}[
+    {action.__name__: action for action in (answer, example, round_trip, resave, processor, chat)}[
         sys.argv[1]
     ](*sys.argv[2:])
     assert "torchvision" not in sys.modules

@@ -25,6 +25,7 @@ from megatron_vlm.data.look.sheet_pictures import picture_figure
 _STYLE = Path(__file__).with_name("sheet.css")
 _SCRIPT = Path(__file__).with_name("sheet.js")
 
+_BREAK = "\n"
 _OPEN_LINES = (12, 3)
 """Lines of a long sample that are shown at once, at its beginning and end. Our choice."""
 
@@ -32,13 +33,19 @@ _LONGEST_ENTRY = 20_000
 """Characters of an entry that are shown. Our choice."""
 
 
-def page(title: str, facts: Sequence[tuple[str, str]], rows: Iterable[str]) -> str:
+def page(
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    rows: Iterable[str],
+    texts: Sequence[tuple[str, str]] = (),
+) -> str:
     """The whole file.
 
     Args:
         title: stands above.
         facts: names and values: what was asked for.
         rows: from `row_section`.
+        texts: names and long texts, folded away below the facts.
     """
     style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
     policy = (
@@ -46,6 +53,10 @@ def page(title: str, facts: Sequence[tuple[str, str]], rows: Iterable[str]) -> s
         f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
     )
     named = "".join(f"<dt>{safe(name)}</dt><dd>{safe(value)}</dd>" for name, value in facts)
+    folded = "".join(
+        f"<details><summary>{safe(name)}</summary><pre>{safe(text, _BREAK)}</pre></details>"
+        for name, text in texts
+    )
     return "".join(
         [
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -54,6 +65,7 @@ def page(title: str, facts: Sequence[tuple[str, str]], rows: Iterable[str]) -> s
             '<meta name="referrer" content="no-referrer">',
             f"<title>{safe(title)}</title><style>{style}</style></head>\n",
             f'<body><header><h1>{safe(title)}</h1><dl class="facts">{named}</dl>',
+            folded,
             _LEGEND,
             "</header>\n<main>\n",
             *rows,

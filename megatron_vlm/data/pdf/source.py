@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from megatron_vlm.data.chat import Thinking
+from megatron_vlm.data.chat_template import ChatTemplate
 from megatron_vlm.data.draft import Draft, Entry, SampleKind
 from megatron_vlm.data.pdf.interleaved import interleaved_documents
 from megatron_vlm.data.pdf.masked import masked_pages
@@ -28,7 +30,12 @@ class PdfSource:
     total: int | None
 
     def __init__(
-        self, paths: Path | Sequence[Path], mode: str, settings: PdfSettings | None = None
+        self,
+        paths: Path | Sequence[Path],
+        mode: str,
+        settings: PdfSettings | None = None,
+        template: ChatTemplate | None = None,
+        thinking: Thinking = "keep",
     ) -> None:
         """Find the files; none is read.
 
@@ -36,6 +43,8 @@ class PdfSource:
             paths: a file, a folder, or several.
             mode: `masked` or `interleaved`.
             settings: null for the defaults.
+            template: what writes the questions of `masked`; null: the built-in format.
+            thinking: what the template is told.
 
         Raises:
             DataError: there is no such file, folder or mode, a folder without a PDF file, or no
@@ -44,6 +53,7 @@ class PdfSource:
         self._mode = check_mode(mode)
         require_library()
         self._settings = settings or PdfSettings()
+        self._template, self._thinking = template, thinking
         given = [paths] if isinstance(paths, Path) else list(paths)
         self._files = [found for path in given for found in _files(path)]
         if not self._files:
@@ -61,7 +71,7 @@ class PdfSource:
     def _drafts(self, path: Path, name: str) -> list[Draft]:
         encoded = _read(path)
         if self._mode == "masked":
-            return masked_pages(encoded, name, self._settings)
+            return masked_pages(encoded, name, self._settings, self._template, self._thinking)
         return interleaved_documents(encoded, name, self._settings)
 
 

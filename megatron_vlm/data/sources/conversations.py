@@ -47,7 +47,7 @@ def open_conversations(path: Path, options: SourceOptions) -> RecordSource:
 
     Args:
         path: a file, or a folder of such files.
-        options: `image_root`, `fps`, `thinking`.
+        options: `image_root`, `fps`, `thinking`, `template`.
 
     Raises:
         DataError: nothing there, unreadable, or no media root.
@@ -74,7 +74,7 @@ def conversation_drafts(
         entry: one of `conversations`, `messages` and `sessions`; `image`, `images`, `video`,
             `videos`; `objects` that grounding marks refer to; `fps` of its videos.
         find: gives its media.
-        options: `fps`, `thinking`.
+        options: `fps`, `thinking`, `template`.
         kept: what is kept beside the sample instead of the entry.
 
     Raises:
@@ -163,7 +163,7 @@ class Content:
 
         Args:
             sessions: the turns.
-            options: `fps`, `thinking`.
+            options: `fps`, `thinking`, `template`.
             beside: kept beside it.
             objects: what grounding marks refer to; null: there are none.
 
@@ -175,13 +175,16 @@ class Content:
                 self._take(kind)
         if len(self.fps) > 1:
             raise DataError("fps: several values; expected one for all videos of a sample")
-        parts = session_parts(
-            sessions,
-            [kind for kind, _ in self.media],
-            objects=objects,
-            video_fps=next(iter(self.fps), options.fps),
-            thinking=options.thinking,
-        )
+        kinds = [kind for kind, _ in self.media]
+        fps = next(iter(self.fps), options.fps)
+        if options.template is not None:
+            parts = options.template.session_parts(
+                sessions, kinds, objects=objects, video_fps=fps, thinking=options.thinking.mode
+            )
+        else:
+            parts = session_parts(
+                sessions, kinds, objects=objects, video_fps=fps, thinking=options.thinking
+            )
         return Draft(tuple(parts), tuple(medium for _, medium in self.media), beside)
 
     def _part(self, part: Any, place: str) -> str:

@@ -102,7 +102,7 @@ def open_energon(path: Path, options: SourceOptions) -> TarGroupSource:
 
     Args:
         path: folder that holds `.nv-meta`.
-        options: `split`, `fps`, `thinking`.
+        options: `split`, `fps`, `thinking`, `template`.
 
     Raises:
         DataError: no such folder or part, a tar is missing, or a sample type that needs code or is

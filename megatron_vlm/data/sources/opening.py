@@ -167,7 +167,7 @@ def _open_pdf(path: Path, options: SourceOptions) -> Source:
     # Its library is an extra.
     from megatron_vlm.data.pdf.source import PdfSource
 
-    return PdfSource(path, options.pdf_mode, options.pdf)
+    return PdfSource(path, options.pdf_mode, options.pdf, options.template, options.thinking.mode)
 
 
 FORMS: dict[str, Form] = {

@@ -10,6 +10,7 @@ from megatron_vlm.data.chat import ThinkingSettings
 from megatron_vlm.data.pdf.settings import PdfMode, PdfSettings
 
 if TYPE_CHECKING:
+    from megatron_vlm.data.chat_template import ChatTemplate
     from megatron_vlm.data.tokenizer import Tokenizer
 
 
@@ -38,6 +39,8 @@ class SourceOptions:
     """How PDF files are read."""
     tokenizer: Tokenizer | None = None
     """The set's tokenizer, which Megatron token files are checked against."""
+    template: ChatTemplate | None = None
+    """What dialogues are written by, for that tokenizer; null: the built-in format."""
     end_of_document: int | None = None
     """Id that ends documents in Megatron token files; it gives way to the set's own `<|eos|>`.
     Null: that is the id they end with, if any."""

@@ -33,7 +33,7 @@ def open_preferences(path: Path, options: SourceOptions) -> RecordSource:
 
     Args:
         path: a file, or a folder of such files.
-        options: `image_root`, `fps`, `thinking`.
+        options: `image_root`, `fps`, `thinking`, `template`.
 
     Raises:
         DataError: nothing there, unreadable, or no media root.
@@ -50,7 +50,7 @@ def preference_drafts(entry: Any, find: FindMedium, options: SourceOptions) -> S
     Args:
         entry: `prompt`, `chosen`, `rejected`; media as a conversation has them.
         find: gives its media.
-        options: `fps`, `thinking`.
+        options: `fps`, `thinking`, `template`.
 
     Raises:
         DataError: the reason why it cannot be a pair; names the field.

@@ -20,7 +20,7 @@ def open_trajectories(path: Path, options: SourceOptions) -> RecordSource:
 
     Args:
         path: a file, or a folder of such files.
-        options: `image_root`, `learn_thoughts`.
+        options: `image_root`, `learn_thoughts`, `template`, `thinking`.
 
     Raises:
         DataError: nothing there, unreadable, or no media root.
@@ -38,14 +38,18 @@ def trajectory_drafts(entry: Any, find: FindMedium, options: SourceOptions) -> S
         entry: `instruction`, `steps` (`image`, `action`, and a `thought` if there is one), and
             `objects` that grounding marks refer to.
         find: gives its screenshots.
-        options: `learn_thoughts`.
+        options: `learn_thoughts`, `template`, `thinking`.
 
     Raises:
         DataError: the reason why it cannot be a sample; names the field.
     """
     trajectory = parse_trajectory(entry)
     parts = trajectory_parts(
-        trajectory, objects=objects_of(entry), learn_thoughts=options.learn_thoughts
+        trajectory,
+        objects=objects_of(entry),
+        learn_thoughts=options.learn_thoughts,
+        template=options.template,
+        thinking=options.thinking.mode,
     )
     media = [find(step.image, "image") for step in trajectory.steps]
     return [Draft(tuple(parts), tuple(media), entry_json(entry))]

@@ -46,7 +46,7 @@ def open_webdataset(path: Path, options: SourceOptions) -> TarGroupSource:
 
     Args:
         path: a tar, a folder of tars, or a pattern with `{000..999}`, `{a,b}`, `*` or `?`.
-        options: `fps`, `thinking`.
+        options: `fps`, `thinking`, `template`.
 
     Raises:
         DataError: nothing there, no tar, or no sample in it.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_vlm.cli.main import main
 from megatron_vlm.config import load_recipe
+from megatron_vlm.data.build import build_dataset
+from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.training.datasets import open_training_data
+from tests.data.templates import LLAMA, NAMED, tokenizer_of
+from tests.data.test_built_templates import CONVERSATIONS, write_conversations
 
 pytestmark = pytest.mark.unit
 
@@ -59,6 +65,29 @@ def test_stats_of_a_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert source["rows_per_epoch"] == pytest.approx(source["tokens"] * 200 / own)
         assert source["steps_per_epoch"] == pytest.approx(source["rows_per_epoch"] / 4)
         assert source["epochs_of_run"] == pytest.approx(200 / source["rows_per_epoch"])
+
+
+def test_show_tells_the_chat_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_conversations(tmp_path / "source", CONVERSATIONS[:1])
+    odd = TemplateText(LLAMA + "{# <b>\u202e</b> #}", NAMED["llama"])
+    pages = {}
+    for name, template in (("templated", odd), ("plain", None)):
+        tokenizer = tokenizer_of("llama")
+        build_dataset(source, tmp_path / name, tokenizer=tokenizer, template=template, workers=1)
+        out = tmp_path / f"{name}.html"
+        words = ["--rows", "1", "--seq-length", "512", "--out", str(out)]
+        assert main(["data", "show", str(tmp_path / name), *words]) == 0
+        pages[name] = out.read_text()
+    capsys.readouterr()
+    assert "written by a chat template" in pages["templated"]
+    shown = re.search(
+        r"<summary>chat template of set</summary><pre>(.*?)</pre>", pages["templated"], re.S
+    )
+    assert shown is not None
+    text = html.unescape(shown[1])
+    named = "bos_token: <|begin_of_text|>\neos_token: <|eot_id|>\n\n"
+    assert text == named + LLAMA + "{# <b>[U+202E]</b> #}"
+    assert "built-in chat format" in pages["plain"] and "chat template" not in pages["plain"]
 
 
 def test_tables(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
