@@ -13,7 +13,6 @@ import pytest
 from megatron_vlm.data.balance import EncoderCost
 from megatron_vlm.engine.encoder_timing import fit_cost, timed_shapes
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.topology.layout import resolve_layout
 from megatron_vlm.training.encoder_cost import COST_FILE, given_cost, read_cost
 from tests.ranks import RankFailed
 from tests.training.driver import with_run
@@ -95,16 +94,6 @@ def test_before_any_rank_starts(nano_data: Path, tmp_path: Path) -> None:
     missing = recipe(nano_data, tmp_path, f"vision_parallel.cost={tmp_path / 'none.json'}")
     with pytest.raises(ConfigError, match=r"none\.json: cannot be read"):
         given_cost(missing)
-    grouped = recipe(
-        nano_data,
-        tmp_path,
-        "parallel.pipeline_model_parallel_size=2",
-        "vision_parallel.balance_group_size=3",
-    )
-    with pytest.raises(
-        ConfigError, match="balance_group_size 3: expected a divisor of the 8 ranks"
-    ):
-        resolve_layout(grouped, 8)
 
 
 @pytest.mark.distributed
