@@ -34,7 +34,6 @@ class Outcome:
     margins: list[dict[int, float]] = field(default_factory=list)
     """Per step: how near each layer came to choosing otherwise: the smallest gap between the last
     expert chosen and the first not chosen."""
-    extra: list[Any] = field(default_factory=list)
     shares: list[list[int]] = field(default_factory=list)
     """Per step: how many ranks shared each picture."""
 
@@ -72,7 +71,6 @@ def train_case(config: RunConfig, world_size: int = 1, **options: Any) -> Outcom
             {layer: min(part.get(layer, math.inf) for part in step) for layer in set().union(*step)}
             for step in zip(*(result["margins"] for result in results), strict=True)
         ],
-        extra=[result["extra"] for result in results],
         shares=results[0]["shares"],
     )
 
@@ -110,14 +108,6 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     for router in routers(run.step.model.chunks):
         router.register_forward_hook(watch)
 
-    loaders: list[Any] = []
-    opened = run._loader
-
-    def loader() -> Any:
-        loaders.append(opened())
-        return loaders[-1]
-
-    run._loader = loader  # type: ignore[method-assign]
     shares: list[list[int]] = []
     trained = run.step.train
 
@@ -130,15 +120,11 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     run.run(on_step=observe)
     run.trainable.gather_parameters()
     parts = local_parts(run.step.model.sharded_state_dict())
-    extra = {
-        "bytes_read": sum(reader.bytes_read for reader in run.data.readers),
-        "pictures_decoded": sum(loader.pictures_decoded for loader in loaders),
-    }
     dist.barrier()
     destroy_topology()
     stop()
     found = {"metrics": seen, "parts": parts, "routing": routing, "margins": margins}
-    return found | {"extra": extra, "shares": shares}
+    return found | {"shares": shares}
 
 
 def local_parts(sharded: dict[str, Any]) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

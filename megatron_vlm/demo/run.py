@@ -123,7 +123,7 @@ def run_demo(
     _report(console, after)
     _write_sheet(run_dir / "answers.png", after)
     write_atomically(run_dir / ANSWERS, json.dumps(_listed(after, run_dir), indent=1) + "\n")
-    result = _result(before, after, _training_seconds(run_dir))
+    result = _result(before, after, *_training_seconds(run_dir))
     write_atomically(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
     fitting = fitting_overrides(count, overrides)
     example = next((answer.picture for answer in after if answer.kind == _READING_GRID), None)
@@ -230,10 +230,12 @@ def _iteration(run_dir: Path) -> int:
     return int(read_state(find_checkpoint(run_dir))["progress"]["iteration"])
 
 
-def _training_seconds(run_dir: Path) -> float:
-    """Seconds that all steps took, those before an interruption too."""
+def _training_seconds(run_dir: Path) -> tuple[float, float]:
+    """Seconds that all steps took, those before an interruption too, and those of them in which
+    ranks waited for data."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return sum(json.loads(line)["step_time_s"] for line in lines)
+    steps = [json.loads(line) for line in lines]
+    return sum(step["step_time_s"] for step in steps), sum(step["data_time_s"] for step in steps)
 
 
 def _pairs(answers: Sequence[Answered], kinds: str = "") -> list[tuple[str, str]]:
@@ -273,13 +275,16 @@ def _by_kind(answers: Sequence[Answered]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _result(before: list[Answered], after: list[Answered], seconds: float) -> dict[str, Any]:
+def _result(
+    before: list[Answered], after: list[Answered], seconds: float, waited: float
+) -> dict[str, Any]:
     return {
         "digit_accuracy_before": digit_accuracy(_pairs(before, _READING)),
         "digit_accuracy_after": digit_accuracy(_pairs(after, _READING)),
         "exact_match_before": exact_match(_pairs(before)),
         "exact_match_after": exact_match(_pairs(after)),
         "train_seconds": round(seconds, 1),
+        "data_time_share": round(waited / seconds, 4) if seconds else 0.0,
         "after_by_kind": _by_kind(after),
     }
 

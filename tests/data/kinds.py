@@ -105,10 +105,15 @@ KINDS: dict[str, tuple[str, Maker, dict[str, Any]]] = {
         lambda f, n: _lines(f, n, entry("<image> or <image>?", "Both.", ["a.png", "b.png"])),
         {},
     ),
-    # Twice the same video: one member, whose frames come again.
+    # One sample: where it is drawn again for the same step, so is its video.
     "video": (
         "conversations",
-        lambda f, n: _lines(f, n, entry("<video> <video> Same?", "Frames.", videos=["v.mp4"] * 2)),
+        lambda f, n: _lines(f, n, entry("<video> What?", "Frames.", videos=["v.mp4"])),
+        {},
+    ),
+    "video_twice": (
+        "conversations",
+        lambda f, n: _lines(f, n, entry("<video> <video> Same?", "Yes.", videos=["v.mp4"] * 2)),
         {"video_max_tokens": 512},
     ),
     "sessions": ("conversations", _sessions, {}),

@@ -88,7 +88,9 @@ class Stand:
 
     def _train(self, command: list[str], count: int, logs: Path) -> int:
         assert Path(command[-1]).is_file()
-        (logs.parent / "metrics.jsonl").write_text('{"step_time_s": 1.5}\n{"step_time_s": 2}\n')
+        times = ((1.5, 0.25), (2, 0.1))
+        lines = [json.dumps({"step_time_s": step, "data_time_s": data}) for step, data in times]
+        (logs.parent / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         return self.code
 
     def _answers(self, config: Any, data: Path, held_out: Any, checkpoint: Any) -> list[Answered]:
@@ -114,7 +116,7 @@ def test_a_run_that_was_stopped_is_not_shown_as_finished(
     assert stand.built == [50]
     assert (result["digit_accuracy_before"], result["digit_accuracy_after"]) == (0, 1)
     # All steps, not those since the last interruption.
-    assert result["train_seconds"] == 3.5
+    assert (result["train_seconds"], result["data_time_share"]) == (3.5, 0.1)
     # Finished, it starts anew: with the demo's own number of samples.
     (tmp_path / "run" / "checkpoints").mkdir()
     assert run_demo(tmp_path / "run", 1, [], None) == 0
@@ -210,6 +212,10 @@ def test_stopped_by_a_signal_and_taken_up_again(tmp_path: Path) -> None:
     assert again.returncode == (0 if learned else 1), again.stderr
     assert result["train_seconds"] == pytest.approx(
         sum(entry["step_time_s"] for entry in steps()), abs=0.1
+    )
+    waited = sum(entry["data_time_s"] for entry in steps())
+    assert result["data_time_share"] == pytest.approx(
+        waited / sum(entry["step_time_s"] for entry in steps()), abs=1e-4
     )
     with Image.open(run_dir / "answers.png") as sheet:
         assert sheet.width > 1000

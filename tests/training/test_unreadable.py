@@ -10,6 +10,7 @@ from threading import Timer
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_vlm.data.index import DatasetIndex, open_dataset
 from tests.parallel.layouts import LAYOUTS
@@ -136,37 +137,52 @@ def test_a_set_that_is_mostly_unreadable_stops_the_run(nano_data: Path, tmp_path
         with_run(config, use, 2)
 
 
-@pytest.mark.parametrize("seconds", [3.0, pytest.param(10.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("seconds", "everywhere"),
+    [(3.0, False), pytest.param(10.0, True, marks=pytest.mark.slow)],
+    ids=["for_one_rank", "for_all_and_10_s"],
+)
 def test_storage_that_comes_back(
-    seconds: float, nano_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    seconds: float, everywhere: bool, nano_data: Path, tmp_path: Path
 ) -> None:
-    """The shards are gone for a while in the middle of a run: it goes on as if nothing were."""
-    words = ("training.train_iters=4", "data.prefetch_steps=0", "data.retry_seconds=60")
-    calm = with_run(recipe(nano_data, tmp_path / "calm", *words), _metrics)[0]
-    index = _copy(nano_data, tmp_path / "data")
-    shard, away = index.folder / index.shard_names[0], tmp_path / "away.tar"
+    """A data set's folder is gone for a while in the middle of a run: it goes on as if nothing
+    were, and a rank that can still read waits for the others."""
+    words = (
+        *("training.train_iters=4", "data.prefetch_steps=0", "data.retry_seconds=60"),
+        *LAYOUTS["dp2"].overrides,
+    )
+    calm = with_run(recipe(nano_data, tmp_path / "calm", *words), _metrics, 2)[0]
+    folder, away = _copy(nano_data, tmp_path / "data").folder, tmp_path / "away"
 
     def use(run: Any) -> list[dict[str, Any]]:
         seen: list[dict[str, Any]] = []
+        back = Timer(seconds, lambda: away.rename(folder))
 
         def unplug(metrics: dict[str, Any]) -> None:
             seen.append(dict(metrics))
-            if metrics["iteration"] == 2:
-                shard.rename(away)
+            if metrics["iteration"] != 2:
+                return
+            if run.is_main:
+                folder.rename(away)
+                back.start()
+            dist.barrier()
+            if everywhere or not run.is_main:
                 # What an open file of a file system that went away gives.
                 for reader in run.data.readers:
                     reader._files.clear()
-                Timer(seconds, lambda: away.rename(shard)).start()
 
         run.run(on_step=unplug)
         return seen
 
-    found = with_run(recipe(tmp_path / "data", tmp_path / "run", *words), use)[0]
-    assert [entry["failed_samples"] for entry in found] == [0] * 4
-    assert found[2]["data_time_s"] > seconds - 1
-    for entry, same in zip(found, calm, strict=True):
-        assert entry["lm_loss"] == same["lm_loss"] and math.isfinite(entry["lm_loss"])
-    assert "trying again" in capfd.readouterr().out
+    ranks = with_run(recipe(tmp_path / "data", tmp_path / "run", *words), use, 2)
+    for found in ranks:
+        assert [entry["failed_samples"] for entry in found] == [0] * 4
+        assert found[2]["data_time_s"] > seconds - 2
+        for entry, same in zip(found, calm, strict=True):
+            for key in ("lm_loss", "grad_norm", "consumed_tokens", "consumed_documents"):
+                assert entry[key] == same[key] and math.isfinite(entry[key]), key
+    logs = [(tmp_path / "run" / "logs" / f"rank_{rank:05d}.log").read_text() for rank in range(2)]
+    assert ["trying again" in log for log in logs] == [everywhere, True]
 
 
 def test_a_run_ends_with_its_data(
