@@ -175,6 +175,7 @@ def index_of(
         kind=kind,
         coordinates={"convention": "relative"},
         video=None,
+        template=None,
         columns=columns,
     )
 
