@@ -33,8 +33,6 @@ import argparse
 import io
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -42,10 +40,11 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from record import parser_of, record, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -80,16 +79,12 @@ def main() -> None:
             raise SystemExit(f"{package} is not installed; see the top of {Path(__file__).name}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = compare(args, Path(folder))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    tell(result, args.json)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser = parser_of(__doc__)
     parser.add_argument("--photographs", type=Path, nargs="*", default=[], metavar="FOLDER")
     parser.add_argument("--pictures", type=int, default=160, help="made of the photographs")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
@@ -144,18 +139,11 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             {side: round(rate / args.cores, 2) for side, rate in one.items()} for one in rounds
         ],
         "cores": args.cores,
-        "hardware": hardware(),
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                name: version(name)
-                for name in (
-                    *("torch", "pillow", "simplejpeg", "numpy", "megatron-energon"),
-                    *("datasets", "transformers"),
-                )
-            },
-        },
-        "command": shlex.join(["python", *sys.argv]),
+        **record(
+            *("torch", "pillow", "simplejpeg", "numpy", "megatron-energon"),
+            *("datasets", "transformers"),
+            gpu=True,
+        ),
     }
 
 
@@ -328,7 +316,7 @@ def save_first(batches: Iterator[Batch], file: Path) -> dict[str, Any]:
 
 def settings() -> Any:
     """The encoder that all sides cut patches for."""
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
     return VisionConfig(
         num_layers=1,
@@ -483,21 +471,6 @@ def hf_datasets(args: argparse.Namespace) -> tuple[Iterator[Batch], int]:
             yield from loader
 
     return endless(), 2 * args.cores
-
-
-def hardware() -> str:
-    """The processor's name and what there is of it, and the GPU's."""
-    import torch
-
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {os.cpu_count()} cores{gpu}"
 
 
 if __name__ == "__main__":

@@ -16,16 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from record import parser_of, record, tell
 
 if TYPE_CHECKING:
     from megatron_vlm.data.index import DatasetIndex
@@ -71,20 +70,14 @@ def main() -> None:
         "pad_multiple": PAD_MULTIPLE,
         "packing_rows": PACKING_ROWS,
         "data": "synthetic",
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("megatron-vlm", "numpy", "safetensors")},
-        "command": shlex.join(["python", *sys.argv]),
+        **record("megatron-vlm", "numpy", "safetensors"),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    tell(result, args.json)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser = parser_of(__doc__)
     parser.add_argument("--samples", type=float, default=1e7, help="of the data set")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
     parser.add_argument("--repetitions", type=int, default=3, help="times that it is opened")
@@ -147,6 +140,7 @@ def write_set(folder: Path, samples: int) -> None:
         "kind": "conversation",
         "coordinates": {"convention": "relative"},
         "video": None,
+        "chat": {},
         "samples": samples,
         "pictures": samples,
         "content_sha256": "",

@@ -20,18 +20,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
-import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from record import parser_of, record, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,16 +51,12 @@ def main() -> None:
         print(json.dumps(PHASES[args.phase](args)))
         return
     result = measure(args)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    tell(result, args.json)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser = parser_of(__doc__)
     parser.add_argument("--parameters", type=float, default=1e8, help="of the model, about")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
     parser.add_argument("--repetitions", type=int, default=1, help="rounds of all phases")
@@ -111,12 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "data": "random weights",
         "routing": "none",
         "rounds": rounds,
-        "hardware": hardware(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "megatron-core", "safetensors")},
-        },
-        "command": shlex.join(["python", *sys.argv]),
+        **record("torch", "megatron-core", "safetensors"),
     }
 
 
@@ -265,18 +255,6 @@ def timed(work: Any) -> dict[str, Any]:
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def hardware() -> str:
-    """The processor's name and what there is of it."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name}, {os.cpu_count()} cores"
 
 
 PHASES = {"make": make, "export": export, "copy": copy, "import": import_, "check": check}

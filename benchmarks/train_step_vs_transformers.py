@@ -17,18 +17,16 @@ result is the median over pairs of the peer's seconds over ours.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from record import parser_of, record, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -56,16 +54,12 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     result = compare(args)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    tell(result, args.json)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="dots-llm-bench", help="a shipped model without vision")
     parser.add_argument("--size", choices=SIZES, default="medium", help="rows and their length")
     parser.add_argument("--repetitions", type=int, default=11, help="timed pairs of steps")
@@ -119,12 +113,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "precision": config.training.precision,
         "pairs": [[round(mine, 4), round(theirs, 4)] for mine, theirs in pairs],
         "first_loss": {"ours": losses[0], "peer": losses[1]},
-        "hardware": hardware(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "megatron-core", "transformers")},
-        },
-        "command": shlex.join(["python", *sys.argv]),
+        **record("torch", "megatron-core", "transformers"),
     }
 
 
@@ -262,18 +251,6 @@ def write_profiles(folder: Path, sides: dict[str, Step], data: Any) -> None:
             sort_by="self_cpu_time_total", row_limit=60, max_name_column_width=40
         )
         (folder / f"{name}.txt").write_text(table)
-
-
-def hardware() -> str:
-    """The processor's name and what there is of it."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

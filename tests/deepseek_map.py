@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.config.model_schema import LanguageConfig
 from tests.dots1_map import rename_mlp
 
 if TYPE_CHECKING:

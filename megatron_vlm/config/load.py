@@ -21,7 +21,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from megatron_vlm.config.messages import Layer, Location, describe, named_mappings
-from megatron_vlm.config.schema import ModelConfig, RunConfig
+from megatron_vlm.config.model_schema import ModelConfig
+from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.config.shipped import find_models, find_recipes, locate
 from megatron_vlm.errors import ConfigError
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from io import BytesIO
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from megatron_vlm.errors import DataError
@@ -83,12 +82,7 @@ class Reader:
         """Itself; closed at the end of the block."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self._container.close()
 

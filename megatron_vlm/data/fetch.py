@@ -13,7 +13,6 @@ from io import BytesIO, FileIO
 from logging import getLogger
 from threading import Event, Lock
 from time import monotonic
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,12 +114,7 @@ class SampleReader:
         """Itself; the shards are closed at the end of the block."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the shards."""
         self.close()
 

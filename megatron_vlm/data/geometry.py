@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_vlm.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 MAX_ASPECT_RATIO = 200
 """Longer side over shorter side of the flattest picture taken. dots.ocr: 200."""

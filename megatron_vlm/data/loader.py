@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Condition, Thread
 from time import perf_counter
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,7 +30,7 @@ from megatron_vlm.data.untie import apply_layout
 from megatron_vlm.data.workers import Task, WorkerPool
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +196,7 @@ class StepLoader:
         """Itself; closed at the end of the block."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 

@@ -19,7 +19,7 @@ from megatron_vlm.data.workers import Outcome, Task
 from megatron_vlm.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 _AT_ONCE_ON_A_DEVICE = 64
 """Pictures that a GPU is given at once. Our choice."""

@@ -20,7 +20,7 @@ from megatron_vlm.data.resize import resize
 from megatron_vlm.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 MAX_PICTURE_PIXELS = 80_000_000
 """Most pixels a picture may decode to, and most that are decoded at once in a process, on however

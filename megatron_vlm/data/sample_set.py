@@ -19,7 +19,8 @@ from megatron_vlm.data.permutation import Permutation
 from megatron_vlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import LongSamples, VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
+    from megatron_vlm.config.schema import LongSamples
 
 _SAMPLES_AT_ONCE = 1 << 16
 """Small enough to stay in a core's cache, where the arithmetic is several times faster."""

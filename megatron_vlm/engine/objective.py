@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.schema import ModelConfig
+from megatron_vlm.config.model_schema import ModelConfig
 from megatron_vlm.engine.microbatch import MicroBatch
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.ops.log_probs import token_log_probs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_vlm.config.schema import AdapterConfig, VisionConfig
+from megatron_vlm.config.model_schema import AdapterConfig, VisionConfig
 
 
 class Adapter(nn.Module):

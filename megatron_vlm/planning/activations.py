@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlm.config.schema import LanguageConfig, ModelConfig, RecomputeConfig, VisionConfig
+from megatron_vlm.config.model_schema import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.config.schema import RecomputeConfig
 
 Device = Literal["cuda", "cpu"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_vlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.config.model_schema import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.topology.layout import Layout
 
 

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config.schema import ModelConfig, VisionConfig
+from megatron_vlm.config.model_schema import ModelConfig, VisionConfig
 from megatron_vlm.data.chat_template import ChatTemplate, end_ids
 from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import SPECIAL_TOKENS, Tokenizer

@@ -19,7 +19,8 @@ from megatron_vlm.models.vision.flops import flops_terms
 from megatron_vlm.training.console import logger
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import RunConfig, VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
+    from megatron_vlm.config.schema import RunConfig
     from megatron_vlm.models.vlm import VisionLanguageModel
 
 _FLOPS_PER_BYTE = 4000.0

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.config.model_schema import VisionConfig
 from megatron_vlm.data.balance import EncoderCost
 from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.format import STILL

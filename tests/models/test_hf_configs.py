@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from megatron_vlm.config.schema import RopeScalingConfig
+from megatron_vlm.config.model_schema import RopeScalingConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.families import family_for, read_model
 from tests.release.folders import CONFIGS

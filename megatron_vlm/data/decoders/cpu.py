@@ -15,7 +15,7 @@ from megatron_vlm.data.resize import resize
 from megatron_vlm.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 
 class CpuDecoder:

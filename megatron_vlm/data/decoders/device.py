@@ -21,7 +21,7 @@ from megatron_vlm.data.resize import resize_tensor
 from megatron_vlm.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 MAX_BATCH = 64
 """Most pictures decoded by one call. Our choice."""

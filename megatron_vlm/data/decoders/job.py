@@ -14,7 +14,7 @@ from megatron_vlm.data.pictures import decoding, faults, open_picture, upright_s
 from megatron_vlm.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 FAULT = "picture cannot be decoded"
 

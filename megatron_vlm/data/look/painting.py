@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_vlm.data.pictures import normalisation
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 
 def painted(

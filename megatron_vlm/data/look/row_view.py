@@ -30,7 +30,7 @@ from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.data.untie import Slice
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import VisionConfig
+    from megatron_vlm.config.model_schema import VisionConfig
 
 _STAMP = re.compile(r"\[([0-9]+\.[0-9]) second\]\s*$")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.config.model_schema import LanguageConfig
 from megatron_vlm.models.hf.fields import (
     Fields,
     Traits,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_vlm.config.schema import ModelConfig
+from megatron_vlm.config.model_schema import ModelConfig
 from megatron_vlm.models.hf import qwen2
 from megatron_vlm.models.hf.fields import Fields
 from megatron_vlm.models.hf.names import NameMap

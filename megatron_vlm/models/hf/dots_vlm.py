@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_vlm.config.schema import LanguageConfig, ModelConfig
+from megatron_vlm.config.model_schema import LanguageConfig, ModelConfig
 from megatron_vlm.models.hf import deepseek_v3
 from megatron_vlm.models.hf.fields import Fields, Traits
 from megatron_vlm.models.hf.names import NameMap

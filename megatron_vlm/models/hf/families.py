@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_vlm.config.schema import ModelConfig
+from megatron_vlm.config.model_schema import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf import deepseek_v3, dots1, dots_ocr, dots_vlm, own, qwen2
 from megatron_vlm.models.hf.fields import Fields

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_vlm.config.schema import LanguageConfig, RopeScalingConfig
+from megatron_vlm.config.model_schema import LanguageConfig, RopeScalingConfig
 from megatron_vlm.errors import ConversionError
 
 # Of transformers itself: how a model is run, saved or found, not what it computes.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_vlm.config.schema import ModelConfig
+from megatron_vlm.config.model_schema import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.tensors import Shape, model_tensors
 

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_vlm.config.schema import AdapterConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.config.model_schema import (
+    AdapterConfig,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
 
 Shape = tuple[int, ...]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_vlm.config.schema import ModelConfig
+from megatron_vlm.config.model_schema import ModelConfig
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf.fields import Fields, Traits, neutral
 from megatron_vlm.models.hf.names import Row, convolution, same

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_vlm.config.schema import LanguageConfig, RunConfig
+from megatron_vlm.config.model_schema import LanguageConfig
+from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.language.provider import (
     transformer_engine_serves,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.config.model_schema import LanguageConfig
 
 
 def linear_flops_per_token(language: LanguageConfig) -> float:

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 
-from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.config.model_schema import LanguageConfig
 from megatron_vlm.models.language.packing import PackedRows
 from megatron_vlm.models.language.replicated import ReplicatedLinear
 from megatron_vlm.models.language.rotary import latent_score_scale, rotary_factor, rotate

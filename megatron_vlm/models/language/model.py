@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
-from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.config.model_schema import LanguageConfig
 from megatron_vlm.models.language.mtp import MultiTokenPrediction
 from megatron_vlm.models.language.packing import PackedRows
 from megatron_vlm.models.language.provider import choose_provider

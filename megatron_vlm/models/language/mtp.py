@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.core.utils import get_pg_rank
 
-from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.config.model_schema import LanguageConfig
 from megatron_vlm.models.language.packing import PackedRows
 from megatron_vlm.models.language.replicated import ReplicatedLinear
 from megatron_vlm.models.language.spec import layer_spec

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.schema import LanguageConfig, RopeScalingConfig
+from megatron_vlm.config.model_schema import LanguageConfig, RopeScalingConfig
 
 
 def inverse_frequencies(language: LanguageConfig, device: torch.device | None = None) -> Tensor:

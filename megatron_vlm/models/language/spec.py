@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.config.model_schema import LanguageConfig
 from megatron_vlm.models.language.latent_attention import (
     LatentAttention,
     LatentAttentionSubmodules,

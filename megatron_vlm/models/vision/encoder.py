@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_vlm.config.schema import AdapterConfig, VisionConfig
+from megatron_vlm.config.model_schema import AdapterConfig, VisionConfig
 from megatron_vlm.models.adapter import Adapter
 from megatron_vlm.models.vision.navit import NaViT, Recompute
 from megatron_vlm.models.vision.sharing import SharedPictures

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.config.schema import AdapterConfig, VisionConfig
+from megatron_vlm.config.model_schema import AdapterConfig, VisionConfig
 
 
 def encoder_flops(

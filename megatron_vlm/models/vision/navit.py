@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.config.model_schema import VisionConfig
 from megatron_vlm.models.vision.sharing import KeyValueExchange, SharedPictures
 from megatron_vlm.ops.attention import packed_attention
 from megatron_vlm.ops.rotary import apply_rotary, vision_position_ids, vision_rotary
