@@ -36,6 +36,8 @@ class Outcome:
     expert chosen and the first not chosen."""
     shares: list[list[int]] = field(default_factory=list)
     """Per step: how many ranks shared each picture."""
+    passes: list[list[tuple[int, list[bool]]]] = field(default_factory=list)
+    """Per rank and step: windows of features, and whether each chunk's activations were kept."""
 
 
 def recipe(data_dir: Path, run_dir: Path, *overrides: str) -> RunConfig:
@@ -72,6 +74,7 @@ def train_case(config: RunConfig, world_size: int = 1, **options: Any) -> Outcom
             for step in zip(*(result["margins"] for result in results), strict=True)
         ],
         shares=results[0]["shares"],
+        passes=[result["passes"] for result in results],
     )
 
 
@@ -82,7 +85,8 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     from megatron_vlm.training.loop import Run
 
     layout = resolve_layout(config, world.world_size)
-    training_set, held_out = open_training_data(config), open_held_out_data(config)
+    training_set = open_training_data(config)
+    held_out = open_held_out_data(config, training_set)
     topology = build_topology(layout, start_distributed(world))
     seen: list[dict[str, Any]] = []
     routing: list[dict[int, list[float]]] = []
@@ -117,6 +121,19 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
 
     run.step.train = train  # type: ignore[method-assign]
 
+    passes: list[tuple[int, list[bool]]] = []
+    encode = run.step._encode
+
+    def watched_encode(data: Any, encoder: Any, grad: bool) -> Any:
+        encoded = encode(data, encoder, grad)
+        if grad and encoded is not None:
+            assert run.step._delivery is not None
+            kept = [chunk.kept for chunk in encoded.chunks]
+            passes.append((len(run.step._delivery.windows), kept))
+        return encoded
+
+    run.step._encode = watched_encode  # type: ignore[method-assign]
+
     run.run(on_step=observe)
     run.trainable.gather_parameters()
     parts = local_parts(run.step.model.sharded_state_dict())
@@ -124,7 +141,7 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     destroy_topology()
     stop()
     found = {"metrics": seen, "parts": parts, "routing": routing, "margins": margins}
-    return found | {"shares": shares}
+    return found | {"shares": shares, "passes": passes}
 
 
 def local_parts(sharded: dict[str, Any]) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

@@ -98,8 +98,8 @@ def _add_reading(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--form",
         default="auto",
-        help="conversations, interleaved, webdataset, energon, text, pdf, megatron or preference "
-        "(default: auto, by its names and its first entry)",
+        help="conversations, trajectories, interleaved, webdataset, energon, text, pdf, megatron "
+        "or preference (default: auto, by its names and its first entries)",
     )
     group.add_argument(
         "--image-root",

@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     resolve_layout(config, count)
     from megatron_vlm.training.datasets import open_held_out_data, open_training_data
 
-    open_training_data(config)
-    open_held_out_data(config)
+    open_held_out_data(config, open_training_data(config))
     command = train_command(args.recipe, args.overrides, args.debug)
     logs = Path(config.run_dir) / "logs"
     try:

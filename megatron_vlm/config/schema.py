@@ -57,6 +57,15 @@ class VisionParallelConfig(Section):
     cost: str = "flops"
     """What a picture is taken to cost: `flops`; `measured`, by some timed passes when the run
     begins, kept in its folder and read back on resume; or a file of such a measurement."""
+    exchange_window: int | None = Field(None, gt=0)
+    """Most micro-batches whose features travel together, while those before are computed on; null:
+    all of a step, before the first one."""
+    feature_memory_gib: float | None = Field(None, gt=0)
+    """GiB of features that a rank holds for micro-batches to come: windows are as small as this
+    needs. null: any amount."""
+    activation_memory_gib: float | None = Field(None, gt=0)
+    """GiB of the encoder's activations that a rank keeps for the backward pass: what does not fit
+    is encoded again there. null: all are kept, as `recompute.vision` has it."""
 
 
 class RecomputeConfig(Section):

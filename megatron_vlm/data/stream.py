@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from hashlib import sha256
 from itertools import chain, pairwise
 from threading import Lock
@@ -44,7 +45,8 @@ class Source:
         """Items that may be drawn; null: endless."""
         if self.max_epochs is None:
             return None
-        return int(self.max_epochs * self.samples.num_items)
+        # The decimal that was written: 1.15 of 100 samples are 115.
+        return int(Fraction(str(self.max_epochs)) * self.samples.num_items)
 
 
 class RowStream:

@@ -194,6 +194,7 @@ def apply_layout(
 
     As in the published code a special token is no target, and neither is the token after one, which
     may be of any document; only the list of a document's IDs, which can be told from the row, is.
+    Nor is a document's first token, also where the document is a later part of a longer one.
 
     Args:
         layout: from `layout_row`, of these documents' lengths.
@@ -212,7 +213,7 @@ def apply_layout(
             of_document, learned = documents[piece.document]
             ids.append(of_document[piece.start : piece.stop])
             flags.append(learned[piece.start : piece.stop].copy())
-            if after_special:
+            if after_special or piece.start == 0:
                 flags[-1][:1] = 0
         elif isinstance(piece, Label):
             ids.append(alphabet[list(piece.characters)])

@@ -176,8 +176,7 @@ def _check_data(config: RunConfig) -> None:
     """Raises UserError when the run could not train on its data."""
     from megatron_vlm.training.datasets import open_held_out_data, open_training_data
 
-    open_training_data(config)
-    open_held_out_data(config)
+    open_held_out_data(config, open_training_data(config))
 
 
 def _answers(

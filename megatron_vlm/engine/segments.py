@@ -6,7 +6,7 @@ A picture that several ranks share is decoded by the first of them, which sends 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,14 +23,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LocalSegments:
-    """Input of the encoder."""
+    """Whole pictures and parts, in the order of the plan's shares."""
 
-    pixel_values: torch.Tensor
-    """[patches, channels * patch_size**2], segment after segment."""
+    pieces: list[torch.Tensor]
+    """[patches, channels * patch_size**2] of each."""
     grid_hw: torch.Tensor
     """int64 [segments, 2], each segment's whole picture."""
-    shared: SharedPictures | None
-    """The parts among them; null where all pictures are whole."""
+    parts: list[Part]
+    """Those that are parts of pictures."""
+    group: dist.ProcessGroup
+    """The vision mesh's data-parallel group."""
+
+    def batch(
+        self, segments: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, SharedPictures | None]:
+        """Input of the encoder: patches of some segments, their pictures' grids, the parts."""
+        places = {segment: place for place, segment in enumerate(segments)}
+        parts = tuple(
+            replace(part, segment=places[part.segment])
+            for part in self.parts
+            if part.segment in places
+        )
+        return (
+            torch.cat([self.pieces[segment] for segment in segments]),
+            self.grid_hw[segments],
+            SharedPictures(parts, self.group) if parts else None,
+        )
 
 
 def local_segments(
@@ -62,12 +80,8 @@ def local_segments(
         )
     ]
     grids = np.stack([table.grid_h, table.grid_w], axis=1)[shares.picture[mine]]
-    pixels = torch.cat(pieces) if parts else pictures.pixel_values
-    return LocalSegments(
-        pixels,
-        torch.from_numpy(grids).to(pixels.device),
-        SharedPictures(tuple(parts), group) if parts else None,
-    )
+    device = pictures.pixel_values.device
+    return LocalSegments(pieces, torch.from_numpy(grids).to(device), parts, group)
 
 
 def _part(shares: Shares, picture: int, segment: int, rank: int) -> Part:

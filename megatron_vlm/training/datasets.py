@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.data.fetch import SampleReader
-from megatron_vlm.data.index import open_dataset
+from megatron_vlm.data.index import DatasetIndex, open_dataset
 from megatron_vlm.data.mixture import Phase, Weights, phases
 from megatron_vlm.data.ordered import usable_cores
 from megatron_vlm.data.sample_set import SampleSet
@@ -60,22 +60,31 @@ def open_training_data(config: RunConfig) -> OpenData:
             _check_untied(name, samples)
         sources.append(Source(name, samples, given.max_epochs, untie))
     first = sources[0].samples.index
-    for source in sources[1:]:
-        index = source.samples.index
-        if index.tokenizer_sha256 != first.tokenizer_sha256:
-            raise DataError(
-                f"{index.path}: built with another tokenizer than {first.path}; token ids would "
-                "mean different text in one batch: build one of them again with the other's "
-                f"tokenizer ({first.tokenizer_path})"
+    for source in sources:
+        if source.limit == 0:
+            raise ConfigError(
+                f"data.train.{source.name}.max_epochs {source.max_epochs}: of "
+                f"{source.samples.num_items} samples that is not one; raise it, or leave the "
+                "source out"
             )
+        _check_tokenizer(source.samples.index, first)
     return _opened(config, sources, _phases(config, sources), shuffle=settings.shuffle)
 
 
-def open_held_out_data(config: RunConfig) -> dict[str, OpenData]:
-    """One pass over each set of `data.validation`, in the order of the recipe, never shuffled."""
+def open_held_out_data(config: RunConfig, training: OpenData) -> dict[str, OpenData]:
+    """One pass over each set of `data.validation`, in the order of the recipe, never shuffled.
+
+    Args:
+        config: the run.
+        training: what it trains on, whose tokenizer is that of the model.
+
+    Raises:
+        DataError: a set is missing, damaged, or does not fit the model or its tokenizer.
+    """
     found = {}
     for name, path in config.data.validation.items():
         sources = [Source(name, _open(config, path), max_epochs=1.0)]
+        _check_tokenizer(sources[0].samples.index, training.stream.sources[0].samples.index)
         found[name] = _opened(config, sources, [Phase(0, (1.0,))], shuffle=False)
     return found
 
@@ -151,6 +160,15 @@ def _open(config: RunConfig, path: str) -> SampleSet:
     return SampleSet(
         index, config.training.seq_length, config.model.vision, config.data.long_samples
     )
+
+
+def _check_tokenizer(index: DatasetIndex, first: DatasetIndex) -> None:
+    if index.tokenizer_sha256 != first.tokenizer_sha256:
+        raise DataError(
+            f"{index.path}: built with another tokenizer than {first.path}; token ids would "
+            "mean different text in one run: build one of them again with the other's "
+            f"tokenizer ({first.tokenizer_path})"
+        )
 
 
 def _check_untied(name: str, samples: SampleSet) -> None:

@@ -39,6 +39,7 @@ from megatron_vlm.errors import UserError
 from megatron_vlm.models.initialize import initialize
 from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
+from megatron_vlm.planning.vision_limits import encoder_patches, window_features
 from megatron_vlm.platform import World, detect_world, seed_step, start_distributed, stop
 from megatron_vlm.platform.memory import release_unused
 from megatron_vlm.platform.peak import peak_tflops
@@ -79,9 +80,12 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     """
     world = world or detect_world()
     layout = resolve_layout(config, world.world_size)
-    data, held_out = open_training_data(config), open_held_out_data(config)
+    data = open_training_data(config)
+    held_out = open_held_out_data(config, data)
     # For their refusals, before there is a process group.
     given_cost(config)
+    encoder_patches(config, "cuda" if torch.cuda.is_available() else "cpu")
+    window_features(config, layout)
     chat_template(config, data, None)
     device = start_distributed(world)
     failed = True
@@ -140,6 +144,10 @@ class Run:
             chunks=list(self.trainable.chunks),
             encoder=self.trainable.encoder,
             reference=self._reference(self.objective),
+            encoder_patches=encoder_patches(
+                config, "cuda" if topology.device.type == "cuda" else "cpu"
+            ),
+            window_features=window_features(config, topology.layout),
         )
         precision = config.training.precision
         self._peak = peak_tflops(

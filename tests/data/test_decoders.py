@@ -264,6 +264,27 @@ def test_one_bad_picture_is_found_by_halving(caplog: pytest.LogCaptureFixture) -
     assert "was decoded by the processor" in caplog.text
 
 
+def test_the_device_is_waited_for_before_its_backend_is_called_again() -> None:
+    """A backend may overwrite the pixels that it gave last, which the device may still read."""
+    events: list[str] = []
+    files = [KINDS["jpeg"](picture(40, 40, seed)) for seed in range(5)]
+
+    class Recording(DeviceDecoder):
+        def _wait(self) -> None:
+            events.append("wait")
+
+    def backend(encoded: Sequence[bytes]) -> list[torch.Tensor]:
+        events.append("call")
+        if files[2] in encoded:
+            raise RuntimeError("refused")
+        events.append("pixels")
+        return [torch.from_numpy(simplejpeg.decode_jpeg(one, "RGB")) for one in encoded]
+
+    Recording(backend, CPU).decode([job_of(file, 40, 40) for file in files], VISION)
+    after = [events[place + 1] for place, event in enumerate(events) if event == "pixels"]
+    assert after == ["wait", "wait"]
+
+
 def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend()
     files = [KINDS["jpeg"](picture(40, 40, seed)) for seed in range(5)]

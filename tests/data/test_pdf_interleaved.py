@@ -437,6 +437,24 @@ def test_a_picture_on_every_page_is_given_once() -> None:
     assert len(one(pdf(*pages)).media) == 1
 
 
+def test_a_picture_that_was_left_out_is_given_where_it_comes_again() -> None:
+    """Alone under a running head, on a page that makes no draft; then beside text."""
+    pages = []
+    for number in range(6):
+        page = Page()
+        page.paragraph(40, 480, "Journal of things")
+        if number != 2:
+            page.paragraph(40, 300, prose(number, 20))
+        if number in (2, 4):
+            page.image(image_object(noise(100, 100)), "100 0 0 100 50 150")
+        pages.append(page)
+    drafts = interleaved_documents(pdf(*pages), "a.pdf", PdfSettings(pages_per_draft=1))
+    entries = [json.loads(draft.entry) for draft in drafts]
+    assert [entry["first_page"] for entry in entries] == [1, 2, 4, 5, 6]
+    assert [len(draft.media) for draft in drafts] == [0, 0, 0, 1, 0]
+    assert all(list(entry["left_out"].values()) == [1] for entry in entries)
+
+
 def test_a_page_without_text_is_one_picture() -> None:
     scan, empty, written = Page(), Page(), Page()
     scan.content.append("0 0 1 rg 50 60 200 300 re f")

@@ -66,7 +66,8 @@ def test_files_come_sorted_and_from_any_entry_on(folder: Path) -> None:
     names = ["a.PDF", "b/deep/y.pdf", "b/x.pdf", "c.pdf"]
     assert source.kind == "conversation"
     assert source.total == 4
-    assert list(source.origins) == [str(folder / name) for name in names]
+    # Not where they lie: the same files elsewhere give the same bytes.
+    assert list(source.origins) == names
     entries = list(source.entries())
     assert [(e.number, e.origin, e.id) for e in entries] == [
         (number, number, name) for number, name in enumerate(names)

@@ -12,7 +12,7 @@ from megatron_vlm.config import RunConfig
 from megatron_vlm.config.schema import MixturePoint, SourceConfig, UntieConfig
 from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.tokenizer import byte_tokenizer
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.training import datasets
 from megatron_vlm.training.datasets import (
     data_stream,
@@ -71,7 +71,8 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     train = write(tmp_path, "train", ["a", "b" * 100, "c" * 200])
     held = write(tmp_path, "held", ["a", "b" * 100])
     config = config_of(train, held, long_samples="skip")
-    assert left_out(open_training_data(config), open_held_out_data(config).values()) == [
+    data = open_training_data(config)
+    assert left_out(data, open_held_out_data(config, data).values()) == [
         f"{train}: data.long_samples leaves out 2 of 3 samples, which are longer than "
         "training.seq_length 64",
         f"{held}: data.long_samples leaves out 1 of 2 samples, which are longer than "
@@ -181,6 +182,20 @@ def test_sets_of_different_tokenizers_do_not_mix(tmp_path: Path) -> None:
     mixed = config.model_copy(update={"data": config.data.model_copy(update={"train": sources})})
     with pytest.raises(DataError, match="another tokenizer"):
         open_training_data(mixed)
+
+
+def test_a_held_out_set_has_the_tokenizer_of_the_run(tmp_path: Path) -> None:
+    train = write(tmp_path, "train", ["a"])
+    held = write(tmp_path, "held", ["a"], tokenizer=byte_tokenizer().with_knots())
+    config = config_of(train, held)
+    with pytest.raises(DataError, match="held: built with another tokenizer than .*train"):
+        open_held_out_data(config, open_training_data(config))
+
+
+def test_a_source_of_which_nothing_would_be_drawn_is_refused(tmp_path: Path) -> None:
+    sources = {"short": {"max_epochs": 0.001}}
+    with pytest.raises(ConfigError, match=r"data\.train\.short\.max_epochs 0\.001: of 100 samples"):
+        open_training_data(mixture(tmp_path, sources=sources))
 
 
 def test_only_documents_are_untied(tmp_path: Path) -> None:

@@ -89,6 +89,9 @@ def test_parts_of_epochs() -> None:
     assert len(set(held(all_rows(stream)))) == 5
     stream = stream_of(index_of([64] * 10), max_epochs=[1.5])
     assert sorted(Counter(held(all_rows(stream))).values()) == [1] * 5 + [2] * 5
+    # 1.15 * 100 is 114.99... in binary.
+    stream = stream_of(index_of([64] * 100), max_epochs=[1.15])
+    assert len(held(all_rows(stream))) == 115
 
 
 @pytest.mark.parametrize("max_epochs", [None, [2.0, 1.0, 9.0]])

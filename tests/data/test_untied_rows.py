@@ -49,11 +49,13 @@ def conversations(folder: Path) -> DatasetIndex:
     return build(folder, entries, tokenizer=byte_tokenizer().with_knots())
 
 
-def stream_of(*indexes: DatasetIndex, untied: int = 0) -> RowStream:
+def stream_of(
+    *indexes: DatasetIndex, untied: int = 0, settings: UntieSettings = ALWAYS
+) -> RowStream:
     """A stream in which one source is untied."""
     sets = [SampleSet(index, 128, None, "split") for index in indexes]
     sources = [
-        Source(chr(97 + number), each, 1.0, ALWAYS if number == untied else None)
+        Source(chr(97 + number), each, 1.0, settings if number == untied else None)
         for number, each in enumerate(sets)
     ]
     rates = tuple(float(each.num_items) for each in sets)
@@ -123,6 +125,21 @@ def test_an_untied_row_is_one_segment_of_its_documents(tmp_path: Path) -> None:
         assert not step.failures
     assert seen == dict(enumerate(index.columns.sample_text_tokens.tolist()))
     assert touched > 5
+
+
+def test_the_end_of_a_long_document_does_not_begin_with_a_target(tmp_path: Path) -> None:
+    stream = stream_of(documents(tmp_path), settings=UntieSettings(probability=0.0))
+    behind_others = 0
+    for step in steps_of(stream):
+        masks = [text.loss_mask for text in step.texts if text is not None]
+        assert sum(int(mask.sum()) for mask in masks) == step.plan.loss_tokens
+        for micro, mask in zip(step.plan.micro_batches[0], masks, strict=True):
+            for k, row in enumerate(micro.rows):
+                # What comes before it in the row is of another document and foretells nothing.
+                for start in row.start[(row.offset > 0) & (row.start > 0)].tolist():
+                    assert mask[128 * k + start - 1] == 0
+                    behind_others += 1
+    assert behind_others
 
 
 def test_untied_documents_share_no_row_with_others(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def _on_rank(world: World, config: RunConfig, use: Callable[[Run], Any]) -> Any:
     from megatron_vlm.training.loop import Run
 
     layout = resolve_layout(config, world.world_size)
-    training_set, held_out = open_training_data(config), open_held_out_data(config)
+    training_set = open_training_data(config)
+    held_out = open_held_out_data(config, training_set)
     topology = build_topology(layout, start_distributed(world))
     result = use(Run(config, topology, training_set, held_out))
     dist.barrier()

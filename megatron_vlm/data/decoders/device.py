@@ -105,9 +105,7 @@ class DeviceDecoder:
                     width = one.job.grid_w * vision.patch_size
                     resized = resize_tensor(pixels, height, width, one.orientation)
                     cut_tensor(resized, vision, parts[one.number])
-                if self.device.type == "cuda":
-                    # The pixels are the backend's to overwrite once they are let go.
-                    torch.cuda.current_stream(self.device).synchronize()
+                self._wait()
         refused = {one.number for one in taken}
         decoded = self._cpu.decode([jobs[number] for number in left], vision)
         for number, result in zip(left, decoded, strict=True):
@@ -138,10 +136,17 @@ class DeviceDecoder:
                 return
             middle = len(batch) // 2
             yield from self._halving(batch[:middle])
+            self._wait()
             yield from self._halving(batch[middle:])
             return
         for one, pixels in zip(batch, found, strict=True):
             yield pixels if tuple(pixels.shape) == (*one.stored_size, 3) else None
+
+    def _wait(self) -> None:
+        """Let what was asked of the device come to its end: the pixels that it reads are the
+        backend's to overwrite as soon as it is called again."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _warn(self) -> None:
         """Say once that the backend refuses pictures which are sound."""

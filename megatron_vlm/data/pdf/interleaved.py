@@ -29,6 +29,9 @@ _RUNNING_SHARE = 0.3
 """A head or foot runs if it is on so many pages, and on this share of them."""
 _BREAK = "\n\n"
 
+_PICTURES_ALONE = "pictures without text to learn on any of pages_per_draft pages"
+"""Why pages were left out that another number of pages a draft might have kept."""
+
 
 def interleaved_documents(
     encoded: bytes, name: str, settings: PdfSettings | None = None
@@ -58,20 +61,27 @@ def interleaved_documents(
     reasons = left_out(pages, answers, settings)
     running = _running(answers)
     seen: set[bytes] = set()
-    drafts = []
+    found = []
     for start in range(0, len(answers), settings.pages_per_draft):
         part = answers[start : start + settings.pages_per_draft]
-        draft = _draft(part, start, name, running, seen)
+        # What these pages show counts as given only if they become a draft.
+        met = set(seen)
+        draft = _draft(part, start, name, running, met)
         if draft is not None:
-            entry = {
-                "file": name,
-                "first_page": start + 1,
-                "last_page": start + len(part),
-                "pages": pages,
-                "left_out": reasons,
-            }
-            parts, media = draft
-            drafts.append(Draft(parts, media, json.dumps(entry).encode()))
+            seen = met
+            found.append((start, len(part), *draft))
+        elif shown := sum(_shows(answer) for answer in part):
+            reasons[_PICTURES_ALONE] = reasons.get(_PICTURES_ALONE, 0) + shown
+    drafts = []
+    for start, count, parts, media in found:
+        entry = {
+            "file": name,
+            "first_page": start + 1,
+            "last_page": start + count,
+            "pages": pages,
+            "left_out": reasons,
+        }
+        drafts.append(Draft(parts, media, json.dumps(entry).encode()))
     if not drafts:
         if any("items" in answer.header and answer.header["items"] for answer in answers):
             raise DataError(f"{name}: pictures without text to learn (a scan); recognise it first")
@@ -117,6 +127,11 @@ def _draft(
     if not any(isinstance(piece, str) for piece in content):
         return None
     return _parts(content), media
+
+
+def _shows(answer: Message) -> bool:
+    """Whether a page has a picture."""
+    return any("picture" in item for item in answer.header.get("items", []))
 
 
 def _parts(content: Sequence[str | int]) -> list[Part]:

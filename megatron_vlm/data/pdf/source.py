@@ -59,7 +59,7 @@ class PdfSource:
         if not self._files:
             raise DataError("PDF source: an empty list of paths; name a file or a folder")
         self.kind = "conversation" if self._mode == "masked" else "document"
-        self.origins = [str(path) for path, _ in self._files]
+        self.origins = [name for _, name in self._files]
         self.total = len(self._files)
 
     def entries(self, start: int = 0) -> Iterator[Entry]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,17 +121,19 @@ def _choose_file(path: Path, options: SourceOptions) -> Choice:
 def _choose_records(path: Path, options: SourceOptions) -> Choice:
     files, names = open_records(path, "entries")
     looked = 0
-    for name, file in zip(names, files, strict=True):
-        for record in file.records(0):
-            looked += 1
-            try:
-                entry = record.load()
-            except DataError:
-                entry = None
-            if (choice := _choose_entry(entry, options)) is not None:
-                return Choice(choice.form, f"an entry of {name} has {choice.reason}")
-            if looked == _LOOKED_AT:
-                break
+    records = (
+        (name, record)
+        for name, file in zip(names, files, strict=True)
+        for record in file.records(0)
+    )
+    for name, record in islice(records, _LOOKED_AT):
+        looked += 1
+        try:
+            entry = record.load()
+        except DataError:
+            entry = None
+        if (choice := _choose_entry(entry, options)) is not None:
+            return Choice(choice.form, f"an entry of {name} has {choice.reason}")
     raise DataError(
         f"{path}: none of its first {looked} entries is of a known form; say which with --form "
         f"{' or '.join(FORMS)}"

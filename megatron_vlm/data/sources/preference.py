@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.chat import Turn
+from megatron_vlm.data.chat import Thinking, Turn, has_reasoning
 from megatron_vlm.data.draft import Draft
+from megatron_vlm.data.marks import IMAGE_MARK, VIDEO_MARK
 from megatron_vlm.data.sources.conversations import (
     Content,
     media_root,
@@ -64,15 +65,44 @@ def preference_drafts(entry: Any, find: FindMedium, options: SourceOptions) -> S
         raise DataError("chosen, rejected: are the same, so there is nothing to prefer")
     prompt, answers = _split(entry)
     drafts = []
+    shown: list[list[Turn]] = []
     for side, other in zip(SIDES, reversed(SIDES), strict=True):
         content = Content(find)
         content.add_listed(entry)
         asked = turns_of(prompt, "prompt", content)
         answered = turns_of(answers[side], side, content)
         turns: list[Turn] = [*(turn._replace(learned=False) for turn in asked), *answered]
+        shown.append(turns)
         kept = {key: value for key, value in entry.items() if key != other}
         drafts.append(content.draft([turns], options, entry_json(kept), objects_of(entry)))
+    _check_pair(shown[0], shown[1], options.thinking.mode)
     return drafts
+
+
+def _check_pair(chosen: list[Turn], rejected: list[Turn], thinking: Thinking) -> None:
+    """Raises DataError unless both answer the same prompt, and not with the same words."""
+    thinks = [any(has_reasoning(turn) for turn in turns) for turns in (chosen, rejected)]
+    if thinking == "toggle" and thinks[0] != thinks[1]:
+        raise DataError(
+            "chosen, rejected: only one has a thinking trace, so that thinking that is toggled "
+            "gives them different prompts; give both a trace, or keep or drop them (--thinking)"
+        )
+    spoken = [
+        [
+            turn if thinking != "drop" and has_reasoning(turn) else turn._replace(reasoning=None)
+            for turn in turns
+        ]
+        for turns in (chosen, rejected)
+    ]
+    # The same marks may stand for different media.
+    shows = any(mark in turn.text for turn in chosen for mark in (IMAGE_MARK, VIDEO_MARK))
+    if spoken[0] == spoken[1] and not shows:
+        raise DataError(
+            "chosen, rejected: say the same once their traces are dropped; keep the traces "
+            "(--thinking keep) or leave the pair out"
+            if any(thinks)
+            else "chosen, rejected: say the same, so there is nothing to prefer"
+        )
 
 
 def _split(entry: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_vlm.data.chat import ThinkingSettings
 from megatron_vlm.data.draft import Picture, Special, Text
 from megatron_vlm.data.sources.interleaved import open_interleaved
 from megatron_vlm.data.sources.options import SourceOptions
@@ -163,6 +165,10 @@ def test_a_picture_without_a_mark_opens_the_prompt(folder: Path) -> None:
         ({"prompt": "q", "chosen": "", "rejected": "b"}, "chosen: expected an answer"),
         ({"prompt": "q", "chosen": 3, "rejected": "b"}, "chosen: expected an answer"),
         ({"prompt": "q", "chosen": "b", "rejected": "b"}, "are the same"),
+        (
+            {"prompt": "q", "chosen": "b", "rejected": [{"from": "gpt", "value": "b"}]},
+            "chosen, rejected: say the same, so",
+        ),
         ({"chosen": "a", "rejected": "b"}, "prompt: is missing"),
         ({"chosen": turns("p", "a"), "rejected": turns("q", "b")}, "prompt: is missing"),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "prompt: expected a list"),
@@ -183,6 +189,29 @@ def test_a_picture_without_a_mark_opens_the_prompt(folder: Path) -> None:
 def test_preferences_that_are_none(folder: Path, entry: Any, message: str) -> None:
     (found,) = reasons(open_preferences(write_lines(folder / "x.jsonl", [entry]), OPTIONS))
     assert found.startswith("x.jsonl line 1: ") and message in found
+
+
+@pytest.mark.parametrize(
+    ("thinking", "rejected", "message"),
+    [
+        ("keep", "good", None),
+        ("drop", "bad", None),
+        ("drop", "good", "say the same once their traces are dropped"),
+        ("toggle", "bad", "gives them different prompts"),
+    ],
+)
+def test_traces_of_one_side(
+    folder: Path, thinking: Any, rejected: str, message: str | None
+) -> None:
+    """Both sides answer one prompt, and answer it otherwise."""
+    chosen = [{"role": "assistant", "content": "good", "reasoning_content": "why"}]
+    entry = {"prompt": "q", "chosen": chosen, "rejected": rejected}
+    options = replace(OPTIONS, thinking=ThinkingSettings(thinking))
+    source = open_preferences(write_lines(folder / "x.jsonl", [entry]), options)
+    if message is None:
+        assert len(next(source.entries()).drafts()) == 2
+    else:
+        assert message in reasons(source)[0]
 
 
 def test_unlearned_end(folder: Path) -> None:

@@ -134,6 +134,10 @@ def test_field_of_text(tmp_path: Path) -> None:
         (lambda d: text(d / "x.docx"), "a file .docx is of no known form; say which"),
         (lambda d: text(d / "x"), "a file without an extension is of no known form"),
         (lambda d: write_lines(d / "x.jsonl", [{"a": 1}, 3]), "none of its first 2 entries is of"),
+        (
+            lambda d: [write_lines(d / f"{n}.jsonl", [{}] * 150) for n in "xy"][0].parent,
+            "none of its first 100 entries is of",
+        ),
         (lambda d: text(write_lines(d / "x.jsonl", [TALK]).with_name("y.txt")).parent, "several f"),
     ],
 )
