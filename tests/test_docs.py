@@ -244,7 +244,8 @@ def test_drawing_is_whole() -> None:
 
 @pytest.mark.distributed
 def test_metrics_are_those_of_the_table(nano_data: Path, tmp_path: Path) -> None:
-    words = ("training.train_iters=2", "vision_parallel.cost=measured")
+    words = ("training.train_iters=2", "vision_parallel.cost=measured",
+             "training.timeline_interval=2")  # fmt: skip
     run = train_case(recipe(nano_data, tmp_path, *words))
     path = ROOT / "docs/architecture.md"
     said = {row[0].strip("`") for row in table(path, "Key of `metrics.jsonl`")}

@@ -96,6 +96,9 @@ class TrainingConfig(Section):
     """`fp64` is for proofs and needs the plain optimizer; `fp8_*` needs Transformer Engine."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Decides the initial weights, the data order and every random draw."""
+    timeline_interval: int | None = Field(None, gt=0)
+    """Steps between those whose timeline over all ranks is recorded, for `mvlm timeline`; null
+    records none."""
     eval_interval: int | None = Field(None, gt=0)
     """Steps between validations; null validates only at the end, if there is a held-out set."""
     eval_rows: int | None = Field(None, gt=0)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.engine.clock import StepClock
 from megatron_vlm.engine.exchange import ExchangePlan, WindowPlan
 from megatron_vlm.engine.microbatch import MicroBatch
 from megatron_vlm.topology.layout import Layout
@@ -98,6 +99,7 @@ class FeatureDelivery:
         encoded: torch.Tensor,
         post_features: Post,
         post_gradients: Post | None,
+        clock: StepClock,
     ) -> None:
         """Nothing is sent yet.
 
@@ -108,9 +110,11 @@ class FeatureDelivery:
             encoded: `[encoded_tokens, hidden]`, without a graph; filled in before it is sent.
             post_features: sends features.
             post_gradients: sends gradients, apart from the features; null where nobody wants any.
+            clock: is told what keeps this rank from work.
         """
         self._plan, self._rank, self._encoded = plan, rank, encoded
         self._post_features, self._post_gradients = post_features, post_gradients
+        self._clock = clock
         self._windows = [_Window(window) for window in plan.windows]
         # Without sequence parallelism every tensor rank embeds the same features and gets the
         # same gradient: one of them answers.
@@ -131,22 +135,8 @@ class FeatureDelivery:
         """Post the features of as many windows as this, in all; those of the first two may leave
         before the pipeline runs, once this rank has encoded its part of them."""
         while self._left < min(windows, len(self._windows)):
-            window = self._windows[self._left]
-            window.features = self._encoded.new_empty(window.plan.received, self._encoded.size(1))
-            arriving = dict(
-                zip(
-                    window.plan.receives,
-                    window.features.split(list(window.plan.receives.values())),
-                    strict=True,
-                )
-            )
-            leaving = {
-                target: self._encoded.index_select(0, self._tensor(index))
-                for target, index in window.plan.sends.items()
-            }
-            if self._rank in leaving:
-                arriving.pop(self._rank).copy_(leaving.pop(self._rank))
-            window.out = self._post_features(self._left, arriving, leaving)
+            with self._clock.span("exchange", self._left):
+                self._leave(self._windows[self._left])
             self._left += 1
 
     def micro_batches(self, batches: list[MicroBatch], backward: bool) -> Iterator[MicroBatch]:
@@ -163,7 +153,8 @@ class FeatureDelivery:
             self.leave(place + 2)
             assert window.features is not None and window.out is not None
             if window.plan.receives:
-                window.out.wait()
+                with self._clock.span("exchange", place):
+                    window.out.wait()
             self._settle(place)
             leaves = [
                 self._leaf(window, place, number, backward)
@@ -191,17 +182,30 @@ class FeatureDelivery:
             self._left = 0
 
     def gradients(self) -> torch.Tensor:
-        """What came home of the last pass: `[encoded_tokens, hidden]`; call it before `finish`."""
+        """What came home of the last pass: `[encoded_tokens, hidden]`."""
         self._send_home(len(self._windows), all_there=True)
         total = torch.zeros_like(self._encoded)
-        for window in self._windows:
+        for place, window in enumerate(self._windows):
             assert window.back is not None
-            window.back.wait()
+            with self._clock.span("exchange_back", place):
+                window.back.wait()
             for target, index in window.plan.sends.items():
                 if target in window.home:
                     total.index_add_(0, self._tensor(index), window.home[target])
             window.home, window.back = {}, None
         return total
+
+    def _leave(self, window: _Window) -> None:
+        window.features = self._encoded.new_empty(window.plan.received, self._encoded.size(1))
+        counts = list(window.plan.receives.values())
+        arriving = dict(zip(window.plan.receives, window.features.split(counts), strict=True))
+        leaving = {
+            target: self._encoded.index_select(0, self._tensor(index))
+            for target, index in window.plan.sends.items()
+        }
+        if self._rank in leaving:
+            arriving.pop(self._rank).copy_(leaving.pop(self._rank))
+        window.out = self._post_features(self._left, arriving, leaving)
 
     def _settle(self, windows: int) -> None:
         for window in self._windows[:windows]:

@@ -154,7 +154,7 @@ class EncoderRun:
             first_window()
 
     def backward(self, gradient: torch.Tensor, reduce_early: bool) -> None:
-        """The parameters' gradients, reduced over the ranks.
+        """The parameters' gradients, whose reduction is still to be finished.
 
         Args:
             gradient: of `features`.
@@ -173,7 +173,6 @@ class EncoderRun:
             with nullcontext() if reduce_early else self._encoder.no_sync():
                 output.backward(whole)
             self._outputs[k] = None
-        self._encoder.finish_grad_sync()
 
     def _rows(self, chunk: Chunk) -> torch.Tensor:
         return torch.from_numpy(chunk.features).to(self.features.device)

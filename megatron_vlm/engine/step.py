@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_vlm.config.schema import RunConfig
+from megatron_vlm.engine.clock import EngineTimers, StepClock, TimedSchedulePlan
 from megatron_vlm.engine.delivery import FeatureDelivery, post_in
 from megatron_vlm.engine.encode import EncoderRun, plan_chunks
 from megatron_vlm.engine.exchange import cut_windows, plan_exchange
@@ -87,6 +88,8 @@ class TrainStep:
         for chunk in model.chunks:
             chunk.output = objective.output
         model.engine.finalize_model_grads_func = self._finalize
+        self.clock = StepClock(topology.device)
+        self._timers = model.engine.timers = EngineTimers(self.clock)
         self._denominators: dict[str, float] = {}
         self._data: LoadedStep | None = None
         self._delivery: FeatureDelivery | None = None
@@ -97,6 +100,7 @@ class TrainStep:
     def train(self, data: LoadedStep) -> StepResult:
         """Forward and backward of one step; gradients are reduced and ready for the optimizer."""
         self._data = data
+        self.clock.start_step()
         self._zero_gradients()
         self._set_mode(training=True)
         reset_router_statistics(self.model.chunks)
@@ -107,7 +111,11 @@ class TrainStep:
         sums = self._pipeline(self.chunks, micro_batches, self._objective_loss, forward_only=False)
         if encoded is not None and _is_trained(self.model.encoder):
             assert self._delivery is not None
-            encoded.backward(self._delivery.gradients(), reduce_early=not self._bounded)
+            gradient = self._delivery.gradients()
+            with self.clock.span("encode_backward"):
+                encoded.backward(gradient, reduce_early=not self._bounded)
+            with self.clock.span("reduce"):
+                self.encoder.finish_grad_sync()  # type: ignore[union-attr, operator]
         self._delivery = None
         losses = self._reduce_losses(sums)
         balance, imbalance = collect_router_statistics(
@@ -119,6 +127,7 @@ class TrainStep:
     def evaluate(self, data: LoadedStep) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and denominators of each loss over one batch, without gradients."""
         self._data = data
+        self.clock.start_step()
         self._set_mode(training=False)
         micro_batches = self._micro_batches(data)
         self._encode(data, self.encoder, grad=False)
@@ -203,27 +212,25 @@ class TrainStep:
         windows = cut_windows(
             data.plan, layout, self.config.vision_parallel.exchange_window, self._window_features
         )
-        run = EncoderRun(
-            encoder,
-            local_segments(
-                data.plan,
-                data.pictures.to(topology.device, dtype),
+        with self.clock.span("encode"):
+            pictures = data.pictures.to(topology.device, dtype)
+            run = EncoderRun(
+                encoder,
+                local_segments(data.plan, pictures, topology.rank, topology.vision.dp),
+                plan_chunks(data.plan, topology.rank, windows[0], self._encoder_patches),
+                hidden,
+            )
+            trained = grad and _is_trained(self.model.encoder)
+            self._delivery = FeatureDelivery(
+                plan_exchange(data.plan, layout, topology.rank, windows),
+                layout,
                 topology.rank,
-                topology.vision.dp,
-            ),
-            plan_chunks(data.plan, topology.rank, windows[0], self._encoder_patches),
-            hidden,
-        )
-        trained = grad and _is_trained(self.model.encoder)
-        self._delivery = FeatureDelivery(
-            plan_exchange(data.plan, layout, topology.rank, windows),
-            layout,
-            topology.rank,
-            run.features,
-            post_in(topology.features_out),
-            post_in(topology.features_back) if trained else None,
-        )
-        run.forward(grad, first_window=partial(self._delivery.leave, 1))
+                run.features,
+                post_in(topology.features_out),
+                post_in(topology.features_back) if trained else None,
+                self.clock,
+            )
+            run.forward(grad, first_window=partial(self._delivery.leave, 1))
         self._delivery.leave(2)
         return run
 
@@ -273,9 +280,9 @@ class TrainStep:
         iterators = [iter(micro_batches) for _ in chunks]
         if self._delivery is not None:
             iterators[0] = self._delivery.micro_batches(micro_batches, backward=not forward_only)
-        with _schedule_of(chunks[0], forward_only):
+        with self._schedule_of(chunks[0], forward_only):
             results: list[Any] = get_forward_backward_func()(
-                forward_step_func=partial(_forward_step, loss),
+                forward_step_func=partial(_forward_step, loss, self.clock),
                 data_iterator=iterators if interleaved else iterators[0],
                 model=chunks if interleaved else chunks[0],
                 num_microbatches=len(micro_batches),
@@ -288,27 +295,32 @@ class TrainStep:
             self._delivery.finish()
         return results
 
+    @contextmanager
+    def _schedule_of(self, chunk: torch.nn.Module, forward_only: bool) -> Iterator[None]:
+        # Forward alone, the combined schedule still counts one more micro-batch of warm-up.
+        engine = get_model_config(chunk)
+        overlap = engine.overlap_moe_expert_parallel_comm
+        engine.overlap_moe_expert_parallel_comm = overlap and not forward_only
+        self._timers.combined = engine.overlap_moe_expert_parallel_comm
+        try:
+            with self.clock.pipeline(forward_only):
+                yield
+        finally:
+            engine.overlap_moe_expert_parallel_comm = overlap
+
     def _finalize(self, chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-        # No token count: losses are already averages.
-        finalize_model_grads(chunks, None, **kwargs)
+        with self.clock.span("reduce"):
+            # No token count: losses are already averages.
+            finalize_model_grads(chunks, None, **kwargs)
+            self._add_copied_gradients()
+
+    def _add_copied_gradients(self) -> None:
         for chunk in self.model.chunks:
             weight = chunk.copied_embedding
             if weight is not None and weight.requires_grad:
                 # Two stages hold it, each with the gradients of its own use.
                 gradient: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
                 dist.all_reduce(gradient, group=self.topology.language.embd)
-
-
-@contextmanager
-def _schedule_of(chunk: torch.nn.Module, forward_only: bool) -> Iterator[None]:
-    # Forward alone, the combined schedule still counts one more micro-batch of warm-up.
-    engine = get_model_config(chunk)
-    overlap = engine.overlap_moe_expert_parallel_comm
-    engine.overlap_moe_expert_parallel_comm = overlap and not forward_only
-    try:
-        yield
-    finally:
-        engine.overlap_moe_expert_parallel_comm = overlap
 
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -327,6 +339,7 @@ def _is_trained(encoder: VisionEncoder | None) -> bool:
 
 def _forward_step(
     loss: Callable[..., Any],
+    clock: StepClock,
     data_iterator: Iterator[MicroBatch],
     model: torch.nn.Module,
     return_schedule_plan: bool = False,
@@ -344,8 +357,11 @@ def _forward_step(
         "decoder_input": decoder_input,
         "packed_seq_params": batch.rows,
     }
-    output = chunk.build_schedule_plan(**inputs) if return_schedule_plan else model(**inputs)
-    return output, partial(loss, batch)
+    if return_schedule_plan:
+        return TimedSchedulePlan.of(chunk.build_schedule_plan(**inputs), clock), partial(
+            loss, batch
+        )
+    return model(**inputs), partial(loss, batch)
 
 
 def _collecting(collect: Callable[[torch.Tensor, MicroBatch], Any]) -> Callable[..., Any]:

@@ -66,6 +66,7 @@ from megatron_vlm.training.metrics import (
 )
 from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.signals import StopRequest
+from megatron_vlm.training.timelines import align_clocks, record_timeline
 
 _GIB = 1 << 30
 _RELEASE_INTERVAL = 25
@@ -248,11 +249,17 @@ class Run:
         iteration = progress.iteration + 1
         seed_step(config.training.seed, iteration)
         rate = learning_rate(config, iteration)
+        recorded = self._due(config.training.timeline_interval, iteration)
+        if recorded:
+            align_clocks(self.topology)
         self.trainable.optimizer.zero_grad()
         result = self.step.train(loaded)
-        norm = self._update(result, rate)
+        with self.step.clock.span("optimizer"):
+            norm = self._update(result, rate)
         self._advance(loaded, norm)
         elapsed = time.perf_counter() - self._step_started
+        if recorded:
+            record_timeline(self.step.clock.pieces(), self.topology, self.run_dir, iteration)
         return self._metrics(loaded, result, norm, rate, elapsed, self._waited)
 
     def _update(self, result: StepResult, rate: float) -> float:
@@ -301,8 +308,11 @@ class Run:
         waited: float,
     ) -> dict[str, Any]:
         config, plan, world = self.config, loaded.plan, self.topology.layout.world_size
-        slowest = self._largest([elapsed, waited, self._memory()])
-        seconds, data_seconds, memory = slowest
+        clock = self.step.clock
+        encoding = clock.seconds("encode", "encode_backward")
+        exchanging = clock.seconds("exchange", "exchange_back")
+        slowest = self._largest([elapsed, waited, self._memory(), encoding, exchanging])
+        seconds, data_seconds, memory, encode_seconds, exchange_seconds = slowest
         tflops = model_flops(plan, config) / seconds / world / 1e12
         metrics: dict[str, Any] = {
             "iteration": self.progress.iteration,
@@ -317,6 +327,9 @@ class Run:
             "global_batch_size": config.training.global_batch_size,
             "step_time_s": seconds,
             "data_time_s": data_seconds,
+            "encode_time_s": encode_seconds,
+            "exchange_time_s": exchange_seconds,
+            "bubble_time_s": self._mean(clock.waited_seconds()),
             "tokens_per_second_per_device": plan.tokens / seconds / world,
             "images_per_second_per_device": len(plan.pictures) / seconds / world,
             "tflops_per_device": tflops,
@@ -391,8 +404,9 @@ class Run:
         elif done:
             logger.info("resumed at iteration %d", done)
 
-    def _due(self, interval: int | None) -> bool:
-        return interval is not None and self.progress.iteration % interval == 0
+    def _due(self, interval: int | None, iteration: int | None = None) -> bool:
+        now = self.progress.iteration if iteration is None else iteration
+        return interval is not None and now % interval == 0
 
     def _anyone(self, mine: bool) -> bool:
         return self._largest([float(mine)])[0] > 0
@@ -401,6 +415,11 @@ class Run:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
+
+    def _mean(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(tensor)
+        return float(tensor) / self.topology.layout.world_size
 
     def _memory(self) -> float:
         """Peak GiB on the device, or this process's resident memory on a CPU."""

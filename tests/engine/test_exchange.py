@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from megatron_vlm.data.plan import StepPlan
+from megatron_vlm.engine.clock import StepClock
 from megatron_vlm.engine.delivery import FeatureDelivery, Journey, Post
 from megatron_vlm.engine.exchange import cut_windows, plan_exchange
 from megatron_vlm.topology.layout import Layout
@@ -147,7 +148,13 @@ def _run(
         assert lists.encoded_tokens == len(mine)
         encoded = torch.stack([_value(f) for f in mine]) if mine else torch.zeros(0, HIDDEN)
         delivery = FeatureDelivery(
-            lists, layout, rank, encoded, fabric.post("out", rank), fabric.post("back", rank)
+            lists,
+            layout,
+            rank,
+            encoded,
+            fabric.post("out", rank),
+            fabric.post("back", rank),
+            StepClock(torch.device("cpu")),
         )
         tp = layout.coordinates(rank).tp
         # A first pass without gradients, as a reference's is, leaves nothing behind.
