@@ -186,9 +186,11 @@ def open_once(folder: Path) -> dict[str, Any]:
 def plan_from(index: DatasetIndex) -> dict[str, Any]:
     """Sizes every sample, then plans steps one after another."""
     from megatron_vlm.config.load import load_model
+    from megatron_vlm.data.balance import EncoderCost
     from megatron_vlm.data.mixture import Phase
     from megatron_vlm.data.plan import plan_step
     from megatron_vlm.data.sample_set import SampleSet
+    from megatron_vlm.data.sharing import Sharing
     from megatron_vlm.data.stream import RowStream, Source
 
     vision = load_model("dots-vlm1").vision
@@ -204,10 +206,12 @@ def plan_from(index: DatasetIndex) -> dict[str, Any]:
         shuffle=True,
         seed=1,
     )
+    replicas = tuple(rank * REPLICAS // RANKS for rank in range(RANKS))
+    sharing = Sharing(replicas, EncoderCost(0.0, 1.0, 1e-4))
     cursor, documents, tokens = stream.start(), 0, 0
     began = time.perf_counter()
     while documents < PLANNED:
-        planned = plan_step(stream, cursor, BATCH, 1, REPLICAS, RANKS)
+        planned = plan_step(stream, cursor, BATCH, 1, sharing)
         if planned is None:
             raise SystemExit("the data ended before enough samples were planned")
         plan, cursor = planned

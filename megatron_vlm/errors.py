@@ -23,3 +23,7 @@ class CheckpointError(UserError):
 
 class ConversionError(UserError):
     """Weights or a config.json that have no exact counterpart on the other side."""
+
+
+class PlanError(UserError):
+    """A planned step that does not fit its layout, or could never run to its end."""

@@ -179,6 +179,7 @@ def text_step(
     from megatron_vlm.data.collate import TextBatch, structure
     from megatron_vlm.data.loader import LoadedStep
     from megatron_vlm.data.picture_batch import PictureBatch
+    from megatron_vlm.data.picture_table import PictureTable, Shares
     from megatron_vlm.data.plan import StepPlan
     from megatron_vlm.data.rows import Cursor, Window
     from tests.engine.plans import laid_out
@@ -210,7 +211,8 @@ def text_step(
     step = StepPlan(
         first_row=0,
         micro_batches=((plan,),),
-        pictures=(),
+        pictures=PictureTable.of([]),
+        shares=Shares(*np.zeros((4, 0), np.int64)),
         document_loss_tokens=np.array(lengths) - 1,
         document_tokens=np.array(lengths),
         document_samples=np.ones(len(lengths), np.int64),

@@ -16,7 +16,7 @@ import pytest
 from megatron_vlm.cli.main import COMMANDS, _parse, _subcommand_parser, subcommand_module
 from megatron_vlm.config import RunConfig, load_recipe
 from megatron_vlm.config.messages import known_keys
-from megatron_vlm.config.schema import ParallelConfig
+from megatron_vlm.config.schema import ParallelConfig, VisionParallelConfig
 from tests.parallel.layouts import LAYOUTS
 from tests.training_case import Outcome, recipe, train_case
 
@@ -212,10 +212,12 @@ def test_layouts_are_those_that_are_tested() -> None:
         assert set(named) <= {*ParallelConfig.model_fields, "data"}
         if name not in ("", "overlap"):
             assert set(map(int, re.findall(r"\d+", proven))) == sizes[named[0]], name
-    defaults = {row[0].strip("`").split(".")[1]: row[1] for row in table(path, "Key")}
+    defaults = {row[0].strip("`"): row[1] for row in table(path, "Key")}
+    sections = {"parallel": ParallelConfig, "vision_parallel": VisionParallelConfig}
     assert defaults == {
-        name: {None: "null", False: "false"}.get(field.default, str(field.default))
-        for name, field in ParallelConfig.model_fields.items()
+        f"{section}.{name}": {None: "null", False: "false"}.get(field.default, str(field.default))
+        for section, config in sections.items()
+        for name, field in config.model_fields.items()
     }
 
 
@@ -242,7 +244,9 @@ def test_drawing_is_whole() -> None:
 
 @pytest.mark.distributed
 def test_metrics_are_those_of_the_table(nano_data: Path, tmp_path: Path) -> None:
-    run = train_case(recipe(nano_data, tmp_path, "training.train_iters=2"))
+    words = ("training.train_iters=2", "vision_parallel.cost=measured",
+             "training.timeline_interval=2")  # fmt: skip
+    run = train_case(recipe(nano_data, tmp_path, *words))
     path = ROOT / "docs/architecture.md"
     said = {row[0].strip("`") for row in table(path, "Key of `metrics.jsonl`")}
     assert {key.replace("held_out", "NAME") for key in run.metrics[-1]} == said

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -33,6 +34,10 @@ class Outcome:
     margins: list[dict[int, float]] = field(default_factory=list)
     """Per step: how near each layer came to choosing otherwise: the smallest gap between the last
     expert chosen and the first not chosen."""
+    shares: list[list[int]] = field(default_factory=list)
+    """Per step: how many ranks shared each picture."""
+    passes: list[list[tuple[int, list[bool]]]] = field(default_factory=list)
+    """Per rank and step: windows of features, and whether each chunk's activations were kept."""
 
 
 def recipe(data_dir: Path, run_dir: Path, *overrides: str) -> RunConfig:
@@ -68,6 +73,8 @@ def train_case(config: RunConfig, world_size: int = 1, **options: Any) -> Outcom
             {layer: min(part.get(layer, math.inf) for part in step) for layer in set().union(*step)}
             for step in zip(*(result["margins"] for result in results), strict=True)
         ],
+        shares=results[0]["shares"],
+        passes=[result["passes"] for result in results],
     )
 
 
@@ -105,13 +112,36 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     for router in routers(run.step.model.chunks):
         router.register_forward_hook(watch)
 
+    shares: list[list[int]] = []
+    trained = run.step.train
+
+    def train(data: Any) -> Any:
+        shares.append(np.bincount(data.plan.shares.picture).tolist())
+        return trained(data)
+
+    run.step.train = train  # type: ignore[method-assign]
+
+    passes: list[tuple[int, list[bool]]] = []
+    encode = run.step._encode
+
+    def watched_encode(data: Any, encoder: Any, grad: bool) -> Any:
+        encoded = encode(data, encoder, grad)
+        if grad and encoded is not None:
+            assert run.step._delivery is not None
+            kept = [chunk.kept for chunk in encoded.chunks]
+            passes.append((len(run.step._delivery.windows), kept))
+        return encoded
+
+    run.step._encode = watched_encode  # type: ignore[method-assign]
+
     run.run(on_step=observe)
     run.trainable.gather_parameters()
     parts = local_parts(run.step.model.sharded_state_dict())
     dist.barrier()
     destroy_topology()
     stop()
-    return {"metrics": seen, "parts": parts, "routing": routing, "margins": margins}
+    found = {"metrics": seen, "parts": parts, "routing": routing, "margins": margins}
+    return found | {"shares": shares, "passes": passes}
 
 
 def local_parts(sharded: dict[str, Any]) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

@@ -106,12 +106,12 @@ def _latest(root: Path, iterations: list[int]) -> int:
     return int(text)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a crash leaves the old or the new content, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`: a crash leaves the old or the new one, never a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w") as stream:
-            stream.write(text)
+        with open(temporary, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

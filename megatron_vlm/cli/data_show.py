@@ -122,7 +122,7 @@ def _sections(opened: Opened, cursor: Cursor, count: int, quality: int | None) -
     loader = StepLoader(
         data.stream,
         data.readers,
-        RankView(rank=0, world_size=1, replica=0, num_replicas=1, needs_text=True),
+        RankView.alone(),
         cursor,
         global_batch_size=1,
         micro_batch_size=1,

@@ -41,6 +41,33 @@ class ParallelConfig(Section):
     """Combined 1F1B: hide the expert all-to-all of one micro-batch behind another's compute."""
 
 
+class VisionParallelConfig(Section):
+    """How the pictures of a step are shared out: every rank encodes, whatever its part of the
+    decoder."""
+
+    balance: Literal["greedy", "karmarkar_karp", "round_robin"] = "greedy"
+    """Dearest pictures first, each to the least loaded rank; largest differencing, closer to even
+    and slow for hundreds of ranks; or in turn, whatever they cost. Seed1.5-VL: greedy."""
+    balance_group_size: int | None = Field(None, gt=0)
+    """Ranks that encode each other's pictures: whole data-parallel replicas; null: all ranks.
+    Seed1.5-VL: 128 to 256."""
+    max_parts: int = Field(8, gt=0)
+    """Most ranks that share one picture, each with a part of its patches: where whole pictures
+    cannot be shared out evenly. 1: none is cut."""
+    cost: str = "flops"
+    """What a picture is taken to cost: `flops`; `measured`, by some timed passes when the run
+    begins, kept in its folder and read back on resume; or a file of such a measurement."""
+    exchange_window: int | None = Field(None, gt=0)
+    """Most micro-batches whose features travel together, while those before are computed on; null:
+    all of a step, before the first one."""
+    feature_memory_gib: float | None = Field(None, gt=0)
+    """GiB of features that a rank holds for micro-batches to come: windows are as small as this
+    needs. null: any amount."""
+    activation_memory_gib: float | None = Field(None, gt=0)
+    """GiB of the encoder's activations that a rank keeps for the backward pass: what does not fit
+    is encoded again there. null: all are kept, as `recompute.vision` has it."""
+
+
 class RecomputeConfig(Section):
     """What is computed again in the backward pass to save memory."""
 
@@ -69,6 +96,9 @@ class TrainingConfig(Section):
     """`fp64` is for proofs and needs the plain optimizer; `fp8_*` needs Transformer Engine."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Decides the initial weights, the data order and every random draw."""
+    timeline_interval: int | None = Field(None, gt=0)
+    """Steps between those whose timeline over all ranks is recorded, for `mvlm timeline`; null
+    records none."""
     eval_interval: int | None = Field(None, gt=0)
     """Steps between validations; null validates only at the end, if there is a held-out set."""
     eval_rows: int | None = Field(None, gt=0)
@@ -300,6 +330,8 @@ class RunConfig(Section):
     """AdamW and its schedule."""
     parallel: ParallelConfig = ParallelConfig()
     """The language model's mesh."""
+    vision_parallel: VisionParallelConfig = VisionParallelConfig()
+    """How the encoder's work is shared out."""
     recompute: RecomputeConfig = RecomputeConfig()
     """Activation recompute."""
     data: DataConfig = DataConfig()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlm.data.balance import EncoderCost
 from megatron_vlm.data.collate import Document, TextBatch, collate_text, read_document
 from megatron_vlm.data.decoders import PictureDecoder
 from megatron_vlm.data.fetch import SampleReader
@@ -23,6 +24,7 @@ from megatron_vlm.data.picture_batch import PictureBatch, PictureFetch
 from megatron_vlm.data.plan import StepPlan, plan_step
 from megatron_vlm.data.row_table import untied_layout
 from megatron_vlm.data.rows import Cursor, Row
+from megatron_vlm.data.sharing import Sharing
 from megatron_vlm.data.stream import RowStream
 from megatron_vlm.data.untie import apply_layout
 from megatron_vlm.data.workers import Task, WorkerPool
@@ -37,14 +39,17 @@ class RankView:
 
     rank: int
     """Rank in the world; it encodes the pictures planned for it."""
-    world_size: int
-    """Ranks that share the pictures."""
     replica: int
     """Data-parallel replica that the rank belongs to."""
-    num_replicas: int
-    """Data-parallel size."""
     needs_text: bool
     """True on ranks that embed tokens or compute the loss."""
+    sharing: Sharing
+    """All ranks' replicas, and how pictures are shared out among them."""
+
+    @classmethod
+    def alone(cls) -> RankView:
+        """One rank that fetches everything."""
+        return cls(0, 0, True, Sharing((0,), EncoderCost(0.0, 1.0, 0.0)))
 
 
 class Failure(NamedTuple):
@@ -233,8 +238,7 @@ class StepLoader:
             self._cursor,
             global_batch_size,
             micro_batch_size,
-            self._view.num_replicas,
-            self._view.world_size,
+            self._view.sharing,
             self._rows_left,
         )
         if planned is None:

@@ -1,4 +1,4 @@
-"""The pictures that one rank encodes in a step: what fetches them, and the tensor they fill."""
+"""The pictures that one rank decodes in a step: what fetches them, and the tensor they fill."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from megatron_vlm.data.decoders import PatchJob, PictureDecoder
 from megatron_vlm.data.fetch import SampleReader
 from megatron_vlm.data.format import STILL
+from megatron_vlm.data.picture_table import PicturePlan
 from megatron_vlm.data.pictures import patches
-from megatron_vlm.data.plan import PicturePlan, StepPlan
+from megatron_vlm.data.plan import StepPlan
 from megatron_vlm.data.workers import Outcome, Task
 from megatron_vlm.errors import DataError
 
@@ -26,7 +27,7 @@ _AT_ONCE_ON_A_DEVICE = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PictureBatch:
-    """The pictures that one rank encodes in a step."""
+    """The pictures that one rank decodes in a step."""
 
     pixel_values: torch.Tensor
     """float32 [patches, channels * patch_size**2], pictures one after another."""
@@ -34,6 +35,11 @@ class PictureBatch:
     """int64 [pictures, 2], patches along height and width."""
     indices: torch.Tensor
     """int64 [pictures], their places in `StepPlan.pictures`, ascending."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PictureBatch:
+        """The same pictures where and as the encoder takes them; `indices` stay."""
+        pixels = self.pixel_values.to(device=device, dtype=dtype)
+        return PictureBatch(pixels, self.grid_hw, self.indices)
 
 
 class PictureFetch:
@@ -47,7 +53,7 @@ class PictureFetch:
         decoder: PictureDecoder,
         vision: VisionConfig | None,
     ) -> None:
-        """Make room for the pictures that `rank` encodes; none gives empty tensors.
+        """Make room for the pictures that `rank` decodes; none gives empty tensors.
 
         Args:
             plan: the step.
@@ -58,7 +64,8 @@ class PictureFetch:
                 pictures.
         """
         self._readers, self._decoder, self._vision = readers, decoder, vision
-        self._mine = [i for i, picture in enumerate(plan.pictures) if picture.encoder_rank == rank]
+        shares = plan.shares
+        self._mine = shares.picture[(shares.rank == rank) & shares.owner].tolist()
         self._pictures = [plan.pictures[i] for i in self._mine]
         sizes = [(picture.grid_h, picture.grid_w) for picture in self._pictures]
         self._grid_hw = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)

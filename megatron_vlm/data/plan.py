@@ -8,46 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vlm.data.picture_table import PictureTable, Shares
 from megatron_vlm.data.row_table import Segments, Table, count_loss_tokens, find_pictures
 from megatron_vlm.data.rows import Cursor, Row
+from megatron_vlm.data.sharing import Sharing
 from megatron_vlm.data.stream import RowStream
 from megatron_vlm.errors import ConfigError
 
 _NONE = np.zeros(0, np.int32)
 EMPTY_ROW = Row(-1, _NONE, np.zeros(0, np.int64), _NONE, _NONE, _NONE, _NONE)
 """A row of filler alone: it fills a batch that the data do not."""
-
-
-class PicturePlan(NamedTuple):
-    """One picture of the step: where its features go and who computes them."""
-
-    document: int
-    """Number of its segment within the step."""
-    source: int
-    """Number of its source."""
-    sample: int
-    """Number of its sample in the source's data set."""
-    ordinal: int
-    """Place among the sample's pictures, from 0."""
-    grid_h: int
-    """Patches along the height."""
-    grid_w: int
-    """Patches along the width."""
-    replica: int
-    """Data-parallel replica whose micro-batch holds it."""
-    micro_batch: int
-    """That micro-batch's place in the step."""
-    start: int
-    """First of its tokens within the micro-batch's concatenated rows."""
-    tokens: int
-    """Language tokens, consecutive from `start`."""
-    encoder_rank: int
-    """Rank of the whole world that encodes it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,8 +57,10 @@ class StepPlan:
     """Number of its first row in the run; -1 if it has none."""
     micro_batches: tuple[tuple[MicroBatchPlan, ...], ...]
     """Indexed [replica][i]."""
-    pictures: tuple[PicturePlan, ...]
+    pictures: PictureTable
     """Every picture of the step, by row, then by place in the row: the same for any layout."""
+    shares: Shares
+    """Which rank encodes what of them."""
     document_loss_tokens: NDArray[np.int64]
     """[segments] target tokens of each sample, or of an untied row's samples together; 0 for what
     could not be read."""
@@ -147,8 +123,7 @@ def plan_step(
     cursor: Cursor,
     global_batch_size: int,
     micro_batch_size: int,
-    num_replicas: int,
-    world_size: int,
+    sharing: Sharing,
     max_rows: int | None = None,
 ) -> tuple[StepPlan, Cursor] | None:
     """Plan the next step.
@@ -158,8 +133,7 @@ def plan_step(
         cursor: where the step starts.
         global_batch_size: rows of the step.
         micro_batch_size: rows of one forward pass.
-        num_replicas: data-parallel size.
-        world_size: ranks that share the pictures.
+        sharing: the replicas, and how the pictures are shared out.
         max_rows: take at most so many rows from the data; null: as many as there are.
 
     Returns:
@@ -174,15 +148,14 @@ def plan_step(
     if not rows:
         return None
     rows += [EMPTY_ROW] * (global_batch_size - len(rows))
-    return plan_rows(stream, rows, micro_batch_size, num_replicas, world_size), cursor
+    return plan_rows(stream, rows, micro_batch_size, sharing), cursor
 
 
 def plan_rows(
     stream: RowStream,
     rows: Sequence[Row],
     micro_batch_size: int,
-    num_replicas: int,
-    world_size: int,
+    sharing: Sharing,
 ) -> StepPlan:
     """Plan a batch of given rows.
 
@@ -193,12 +166,12 @@ def plan_rows(
         stream: where the rows come from.
         rows: all rows of the batch.
         micro_batch_size: rows of one forward pass.
-        num_replicas: data-parallel size.
-        world_size: ranks that share the pictures.
+        sharing: the replicas, and how the pictures are shared out.
 
     Raises:
         ConfigError: the batch does not divide into micro-batches of all replicas.
     """
+    num_replicas = sharing.num_replicas
     if not rows or len(rows) % (micro_batch_size * num_replicas):
         raise ConfigError(
             f"training.global_batch_size {len(rows)} is not a multiple of "
@@ -240,8 +213,7 @@ def plan_rows(
             )
         micro_batches.append(tuple(planned))
 
-    patches = pictures.grid_h * pictures.grid_w
-    fields = (
+    planned_pictures = PictureTable(
         pictures.document,
         pictures.source,
         pictures.sample,
@@ -252,17 +224,16 @@ def plan_rows(
         micro_of[pictures.row],
         pictures.start + base_of[pictures.row],
         pictures.tokens,
-        assign_pictures(patches.astype(np.float64), world_size),
     )
-    planned_pictures = zip(*(field.tolist() for field in fields), strict=True)
     return StepPlan(
         first_row=next((row.number for row in rows if row.number >= 0), -1),
         micro_batches=tuple(micro_batches),
-        pictures=tuple(map(PicturePlan._make, planned_pictures)),
+        pictures=planned_pictures,
+        shares=sharing.shares(planned_pictures),
         document_loss_tokens=count_loss_tokens(stream, rows, table),
         document_tokens=table.by_unit(table.length),
         document_samples=np.bincount(table.unit, minlength=table.units).astype(np.int64),
-        image_patches=int(patches.sum()),
+        image_patches=int(planned_pictures.patches.sum()),
     )
 
 
@@ -305,21 +276,3 @@ def assign_rows(
             groups[chosen][number].append(row)
             loads[chosen] += float(costs[row])
     return [[sorted(group) for group in replica] for replica in groups]
-
-
-def assign_pictures(costs: NDArray[np.float64], world_size: int) -> NDArray[np.int64]:
-    """Rank that encodes each picture.
-
-    Contiguous runs in the step's order, equal in number to within one: neighbours in a batch stay
-    together, and few pictures spread over the ranks.
-
-    Args:
-        costs: [pictures] cost of each; only their number counts here.
-        world_size: ranks.
-
-    Returns:
-        [pictures] ranks, ascending.
-    """
-    count = len(costs)
-    ranks: NDArray[np.int64] = np.arange(count, dtype=np.int64) * world_size // max(count, 1)
-    return ranks

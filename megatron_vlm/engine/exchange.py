@@ -1,19 +1,18 @@
 """Where picture features go: from the rank that encoded a picture to those that embed its tokens.
 
-Everything is derived from the plan, on every rank alike: for each rank the list of feature rows it
-sends to each other one, in the order of the plan, and of those it receives. Under context and
-sequence parallelism a rank receives just the tokens of its own slice. The way back is the same
-lists the other way round.
+Everything is derived from the plan, on every rank alike: for each window of micro-batches, the
+feature rows that a rank sends to each other one, in the order of the plan, and those it receives.
+Under context and sequence parallelism a rank receives just the tokens of its own slice. The way
+back is the same lists the other way round. `delivery.py` carries them out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from megatron_vlm.engine.zigzag import local_tokens
 from megatron_vlm.topology.layout import Layout
@@ -23,62 +22,137 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExchangePlan:
-    """One rank's lists. Features are rows of `[tokens, hidden]` tensors."""
+class WindowPlan:
+    """What one rank sends and receives for some consecutive micro-batches."""
 
-    encoded_tokens: int
-    """Features this rank's pictures have."""
-    send_index: np.ndarray
-    """Features to send, by destination rank, then in plan order: numbers in this rank's output."""
-    send_counts: list[int]
-    """How many go to each rank."""
-    receive_counts: list[int]
-    """How many come from each rank."""
+    first: int
+    """Number of the first micro-batch."""
+    sends: dict[int, np.ndarray]
+    """By destination, ascending: which of this rank's features, in plan order."""
+    receives: dict[int, int]
+    """By source, ascending: how many."""
     feature_rows: list[np.ndarray]
     """Per micro-batch: rows of the decoder's input that receive a feature."""
     feature_index: list[np.ndarray]
-    """Per micro-batch: which received features those are."""
+    """Per micro-batch: which of the received features those are, sources one after another."""
+
+    @property
+    def received(self) -> int:
+        """Features that arrive."""
+        return sum(self.receives.values())
 
 
-def plan_exchange(plan: StepPlan, layout: Layout, rank: int) -> ExchangePlan:
-    """Lists of `rank` for the pictures of a step."""
-    slices = _Slices(plan, layout)
-    sends: list[list[np.ndarray]] = [[] for _ in range(layout.world_size)]
-    encoded = 0
-    for picture in plan.pictures:
-        if picture.encoder_rank != rank:
-            continue
-        span = np.arange(picture.start, picture.start + picture.tokens)
-        for (tp, cp), (chosen, _) in slices.split(picture.replica, picture.micro_batch, span):
-            target = layout.rank(tp=tp, cp=cp, dp=picture.replica, pp=layout.embedding_stage)
-            sends[target].append(chosen + encoded)
-        encoded += picture.tokens
-    place = layout.coordinates(rank)
+@dataclass(frozen=True)
+class ExchangePlan:
+    """One rank's windows. Features are rows of `[tokens, hidden]` tensors."""
+
+    encoded_tokens: int
+    """Features of what this rank encodes."""
+    windows: list[WindowPlan]
+    """In the order of their micro-batches, of which each is in one."""
+
+
+def cut_windows(
+    plan: StepPlan, layout: Layout, most: int | None, features: int | None
+) -> list[int]:
+    """Micro-batches of each window, one after another: as many as both bounds allow, at least one.
+
+    Args:
+        plan: the step.
+        layout: its ranks.
+        most: micro-batches of a window; null: any number.
+        features: that a rank receives of a window; null: any number.
+    """
     count = len(plan.micro_batches[0])
-    received: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(layout.world_size)]
+    tokens = np.zeros((len(plan.micro_batches), count), np.int64)
+    np.add.at(tokens, (plan.pictures.replica, plan.pictures.micro_batch), plan.pictures.tokens)
+    # No rank embeds more than its slice, and which pictures lie in it matters little.
+    ranks = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    slice_tokens = plan.micro_batches[0][0].num_tokens // ranks
+    needed = np.minimum(tokens.max(axis=0), slice_tokens).tolist()
+    sizes: list[int] = []
+    filled = 0
+    for size in needed:
+        full = not sizes or (most is not None and sizes[-1] >= most)
+        if full or (features is not None and filled + size > features):
+            sizes.append(0)
+            filled = 0
+        sizes[-1] += 1
+        filled += size
+    return sizes
+
+
+def plan_exchange(
+    plan: StepPlan, layout: Layout, rank: int, windows: list[int] | None = None
+) -> ExchangePlan:
+    """Lists of `rank` for what it and others encode of a step's pictures.
+
+    Args:
+        plan: the step.
+        layout: its ranks.
+        rank: in the world.
+        windows: micro-batches of each; null: all in one.
+    """
+    count = len(plan.micro_batches[0])
+    windows = windows or [count]
+    slices = _Slices(plan, layout)
+    pictures, shares = plan.pictures, plan.shares
+    # Features of each share, as tokens of its micro-batch.
+    ratio = pictures.patches[shares.picture] // pictures.tokens[shares.picture]
+    begins = pictures.start[shares.picture] + shares.first // ratio
+    counts = shares.patches // ratio
+    replicas, micro_batches = pictures.replica[shares.picture], pictures.micro_batch[shares.picture]
+
+    def spans(mine: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        columns = (column[mine].tolist() for column in (replicas, micro_batches, begins, counts))
+        for place, replica, number, start, count in zip(mine.tolist(), *columns, strict=True):
+            yield place, replica, number, np.arange(start, start + count)
+
+    window_of = np.repeat(np.arange(len(windows)), windows)
+    sends: list[dict[int, list[np.ndarray]]] = [{} for _ in windows]
+    encoded = 0
+    for _, replica, number, span in spans(np.flatnonzero(shares.rank == rank)):
+        for (tp, cp), (chosen, _) in slices.split(replica, number, span):
+            target = layout.rank(tp=tp, cp=cp, dp=replica, pp=layout.embedding_stage)
+            sends[window_of[number]].setdefault(target, []).append(chosen + encoded)
+        encoded += len(span)
+    place = layout.coordinates(rank)
+    received: list[dict[int, list[tuple[int, np.ndarray]]]] = [{} for _ in windows]
     if place.pp == layout.embedding_stage:
-        for picture in plan.pictures:
-            if picture.replica != place.dp:
-                continue
-            span = np.arange(picture.start, picture.start + picture.tokens)
-            parts = dict(slices.split(picture.replica, picture.micro_batch, span))
+        for share, replica, number, span in spans(np.flatnonzero(replicas == place.dp)):
+            parts = dict(slices.split(replica, number, span))
             if (place.tp, place.cp) in parts:
                 _, rows = parts[place.tp, place.cp]
-                received[picture.encoder_rank].append((picture.micro_batch, rows))
+                source = int(shares.rank[share])
+                received[window_of[number]].setdefault(source, []).append((number, rows))
+    firsts = np.cumsum([0, *windows[:-1]]).tolist()
+    return ExchangePlan(
+        encoded_tokens=encoded,
+        windows=[_window(*lists) for lists in zip(firsts, windows, sends, received, strict=True)],
+    )
+
+
+def _window(
+    first: int,
+    count: int,
+    sends: dict[int, list[np.ndarray]],
+    received: dict[int, list[tuple[int, np.ndarray]]],
+) -> WindowPlan:
     rows_of: list[list[np.ndarray]] = [[] for _ in range(count)]
     index_of: list[list[np.ndarray]] = [[] for _ in range(count)]
     position = 0
-    for parts_of_source in received:
-        for micro_batch, rows in parts_of_source:
-            rows_of[micro_batch].append(rows)
-            index_of[micro_batch].append(np.arange(position, position + len(rows)))
+    for _, parts in sorted(received.items()):
+        for micro_batch, rows in parts:
+            rows_of[micro_batch - first].append(rows)
+            index_of[micro_batch - first].append(np.arange(position, position + len(rows)))
             position += len(rows)
-    flat = [_joined(parts) for parts in sends]
-    return ExchangePlan(
-        encoded_tokens=encoded,
-        send_index=_joined(flat),
-        send_counts=[len(part) for part in flat],
-        receive_counts=[sum(len(rows) for _, rows in parts) for parts in received],
+    return WindowPlan(
+        first=first,
+        sends={target: np.concatenate(parts) for target, parts in sorted(sends.items())},
+        receives={
+            source: sum(len(rows) for _, rows in parts)
+            for source, parts in sorted(received.items())
+        },
         feature_rows=[_joined(parts) for parts in rows_of],
         feature_index=[_joined(parts) for parts in index_of],
     )
@@ -127,65 +201,3 @@ class _Slices:
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-class FeatureExchange:
-    """Carries out one step's exchange and its way back."""
-
-    def __init__(
-        self,
-        plan: ExchangePlan,
-        layout: Layout,
-        rank: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._plan, self._hidden, self._dtype, self._device = plan, hidden_size, dtype, device
-        self._send_index = torch.from_numpy(plan.send_index).to(device)
-        # Without sequence parallelism every tensor rank embeds the same features and gets the
-        # same gradient: one of them answers.
-        self._answers = layout.sequence_parallel or layout.coordinates(rank).tp == 0
-        self._leaves: list[torch.Tensor | None] = []
-
-    def forward(self, encoded: torch.Tensor) -> list[torch.Tensor | None]:
-        """Send features out; returns each micro-batch's as a new leaf that requires a gradient.
-
-        Args:
-            encoded: `[encoded_tokens, hidden]`, detached.
-        """
-        plan = self._plan
-        outgoing = encoded.index_select(0, self._send_index)
-        received = encoded.new_empty(sum(plan.receive_counts), self._hidden)
-        _all_to_all(received, outgoing, plan.receive_counts, plan.send_counts)
-        self._leaves = [
-            received.index_select(0, torch.from_numpy(index).to(self._device)).requires_grad_()
-            if len(index)
-            else None
-            for index in plan.feature_index
-        ]
-        return self._leaves
-
-    def backward(self) -> torch.Tensor:
-        """Bring the leaves' gradients home: `[encoded_tokens, hidden]`."""
-        plan = self._plan
-        template = torch.empty(0, self._hidden, dtype=self._dtype, device=self._device)
-        answer = template.new_zeros(sum(plan.receive_counts), self._hidden)
-        if self._answers:
-            for leaf, index in zip(self._leaves, plan.feature_index, strict=True):
-                if leaf is not None and leaf.grad is not None:
-                    answer[torch.from_numpy(index).to(self._device)] = leaf.grad
-        returned = template.new_empty(sum(plan.send_counts), self._hidden)
-        _all_to_all(returned, answer, plan.send_counts, plan.receive_counts)
-        gradient = template.new_zeros(plan.encoded_tokens, self._hidden)
-        self._leaves = []
-        return gradient.index_add_(0, self._send_index, returned)
-
-
-def _all_to_all(
-    output: torch.Tensor, input: torch.Tensor, output_counts: list[int], input_counts: list[int]
-) -> None:
-    if dist.get_world_size() == 1:
-        output.copy_(input)
-    else:
-        dist.all_to_all_single(output, input.contiguous(), output_counts, input_counts)

@@ -23,10 +23,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron_vlm.config.schema import RunConfig
-from megatron_vlm.engine.exchange import FeatureExchange, plan_exchange
+from megatron_vlm.engine.clock import EngineTimers, StepClock, TimedSchedulePlan
+from megatron_vlm.engine.delivery import FeatureDelivery, post_in
+from megatron_vlm.engine.encode import EncoderRun, plan_chunks
+from megatron_vlm.engine.exchange import cut_windows, plan_exchange
 from megatron_vlm.engine.microbatch import MicroBatch, build_micro_batch
 from megatron_vlm.engine.objective import Objective
 from megatron_vlm.engine.routers import collect_router_statistics, reset_router_statistics
+from megatron_vlm.engine.segments import local_segments
 from megatron_vlm.models.language.model import LanguageModel
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -34,7 +38,6 @@ from megatron_vlm.topology.mesh import Topology
 
 if TYPE_CHECKING:
     from megatron_vlm.data.loader import LoadedStep
-    from megatron_vlm.data.picture_batch import PictureBatch
 
 
 @dataclass
@@ -62,7 +65,22 @@ class TrainStep:
         chunks: list[torch.nn.Module] | None = None,
         encoder: torch.nn.Module | None = None,
         reference: VisionLanguageModel | None = None,
+        encoder_patches: int | None = None,
+        window_features: int | None = None,
     ) -> None:
+        """Takes over the model's outputs and its end of a step.
+
+        Args:
+            config: the run.
+            topology: this rank's place.
+            model: the bare modules.
+            objective: what is trained.
+            chunks: the decoder's modules to call; null: the bare ones.
+            encoder: the encoder's; null: the bare one.
+            reference: a model whose outputs the objective asks for.
+            encoder_patches: whose activations a rank may hold at a time; null: any number.
+            window_features: that a rank may receive of a window; null: any number.
+        """
         self.config, self.topology, self.model = config, topology, model
         self.objective, self.reference = objective, reference
         self.chunks: list[torch.nn.Module] = chunks if chunks is not None else list(model.chunks)
@@ -70,21 +88,35 @@ class TrainStep:
         for chunk in model.chunks:
             chunk.output = objective.output
         model.engine.finalize_model_grads_func = self._finalize
+        self.clock = StepClock(topology.device)
+        self._timers = model.engine.timers = EngineTimers(self.clock)
         self._denominators: dict[str, float] = {}
         self._data: LoadedStep | None = None
+        self._delivery: FeatureDelivery | None = None
+        self._encoder_patches, self._window_features = encoder_patches, window_features
+        limits = encoder_patches, window_features, config.vision_parallel.exchange_window
+        self._bounded = any(limit is not None for limit in limits)
 
     def train(self, data: LoadedStep) -> StepResult:
         """Forward and backward of one step; gradients are reduced and ready for the optimizer."""
         self._data = data
+        self.clock.start_step()
         self._zero_gradients()
         self._set_mode(training=True)
         reset_router_statistics(self.model.chunks)
         micro_batches = self._micro_batches(data)
-        encoded, exchange = self._encode(data, micro_batches, self.encoder, grad=True)
+        encoded = self._encode(data, self.encoder, grad=True)
         self.objective.before_step(self, micro_batches)
         self._denominators = self._reduce_counts(micro_batches)
         sums = self._pipeline(self.chunks, micro_batches, self._objective_loss, forward_only=False)
-        self._backward_encoder(encoded, exchange)
+        if encoded is not None and _is_trained(self.model.encoder):
+            assert self._delivery is not None
+            gradient = self._delivery.gradients()
+            with self.clock.span("encode_backward"):
+                encoded.backward(gradient, reduce_early=not self._bounded)
+            with self.clock.span("reduce"):
+                self.encoder.finish_grad_sync()  # type: ignore[union-attr, operator]
+        self._delivery = None
         losses = self._reduce_losses(sums)
         balance, imbalance = collect_router_statistics(
             self.model.chunks, self.topology, self.config, self.objective.predicts_ahead
@@ -95,13 +127,15 @@ class TrainStep:
     def evaluate(self, data: LoadedStep) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and denominators of each loss over one batch, without gradients."""
         self._data = data
+        self.clock.start_step()
         self._set_mode(training=False)
         micro_batches = self._micro_batches(data)
-        self._encode(data, micro_batches, self.encoder, grad=False)
+        self._encode(data, self.encoder, grad=False)
         self.objective.before_step(self, micro_batches)
         counts = self._reduce_counts(micro_batches)
         self._denominators = dict.fromkeys(counts, 1.0)
         sums = self._pipeline(self.chunks, micro_batches, self._objective_loss, forward_only=True)
+        self._delivery = None
         self._set_mode(training=True)
         return self._reduce_losses(sums), counts
 
@@ -120,28 +154,25 @@ class TrainStep:
             What `collect` made of each micro-batch's output, on the loss stage; elsewhere empty.
         """
         loss_free = _collecting(collect)
-        with self._features_of(model, micro_batches):
+        with self._features_of(model):
             results = self._pipeline(
                 list(model.chunks), micro_batches, loss_free, forward_only=True
             )
         return [result["collected"] for result in results]
 
     @contextmanager
-    def _features_of(
-        self, model: VisionLanguageModel, micro_batches: list[MicroBatch]
-    ) -> Iterator[None]:
-        """While it lasts, the micro-batches hold features of `model`'s encoder."""
+    def _features_of(self, model: VisionLanguageModel) -> Iterator[None]:
+        """While it lasts, the micro-batches get features of `model`'s encoder."""
         if model is self.model or not _is_trained(self.model.encoder):
             yield
             return
         assert self._data is not None
-        kept = [batch.features for batch in micro_batches]
-        self._encode(self._data, micro_batches, model.encoder, grad=False)
+        kept = self._delivery
+        self._encode(self._data, model.encoder, grad=False)
         try:
             yield
         finally:
-            for batch, features in zip(micro_batches, kept, strict=True):
-                batch.features = features
+            self._delivery = kept
 
     def _set_mode(self, training: bool) -> None:
         for module in (*self.chunks, *([self.encoder] if self.encoder is not None else [])):
@@ -169,41 +200,39 @@ class TrainStep:
         ]
 
     def _encode(
-        self,
-        data: LoadedStep,
-        micro_batches: list[MicroBatch],
-        encoder: torch.nn.Module | None,
-        grad: bool,
-    ) -> tuple[torch.Tensor | None, FeatureExchange | None]:
-        """Encode this rank's pictures and hand the features to the micro-batches."""
+        self, data: LoadedStep, encoder: torch.nn.Module | None, grad: bool
+    ) -> EncoderRun | None:
+        """Encode this rank's pictures; their features are ready to go to the micro-batches."""
         if encoder is None:
-            return None, None
-        topology = self.topology
-        inner: VisionEncoder = get_attr_wrapped_model(encoder, "trunk", return_model_obj=True)
-        dtype = next(inner.parameters()).dtype
-        plan = plan_exchange(data.plan, topology.layout, topology.rank)
-        with torch.set_grad_enabled(grad):
-            encoded = _run_encoder(encoder, inner, data.pictures, dtype, topology.device)
+            self._delivery = None
+            return None
+        topology, layout = self.topology, self.topology.layout
         hidden = self.config.model.language.hidden_size
-        exchange = FeatureExchange(
-            plan, topology.layout, topology.rank, hidden, dtype, topology.device
+        dtype = next(encoder.parameters()).dtype
+        windows = cut_windows(
+            data.plan, layout, self.config.vision_parallel.exchange_window, self._window_features
         )
-        features = exchange.forward(encoded.detach()[: plan.encoded_tokens])
-        for batch, leaf, rows in zip(micro_batches, features, plan.feature_rows, strict=True):
-            batch.features = leaf
-            batch.feature_rows = torch.from_numpy(rows).to(topology.device)
-        return encoded, exchange
-
-    def _backward_encoder(
-        self, encoded: torch.Tensor | None, exchange: FeatureExchange | None
-    ) -> None:
-        if encoded is None or exchange is None or not _is_trained(self.model.encoder):
-            return
-        gradient = exchange.backward()
-        full = encoded.new_zeros(encoded.shape)
-        full[: gradient.size(0)] = gradient
-        encoded.backward(full)
-        self.encoder.finish_grad_sync()  # type: ignore[union-attr, operator]
+        with self.clock.span("encode"):
+            pictures = data.pictures.to(topology.device, dtype)
+            run = EncoderRun(
+                encoder,
+                local_segments(data.plan, pictures, topology.rank, topology.vision.dp),
+                plan_chunks(data.plan, topology.rank, windows[0], self._encoder_patches),
+                hidden,
+            )
+            trained = grad and _is_trained(self.model.encoder)
+            self._delivery = FeatureDelivery(
+                plan_exchange(data.plan, layout, topology.rank, windows),
+                layout,
+                topology.rank,
+                run.features,
+                post_in(topology.features_out),
+                post_in(topology.features_back) if trained else None,
+                self.clock,
+            )
+            run.forward(grad, first_window=partial(self._delivery.leave, 1))
+        self._delivery.leave(2)
+        return run
 
     def _reduce_counts(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         names = list(self.objective.loss_weights)
@@ -249,9 +278,11 @@ class TrainStep:
         layout = self.topology.layout
         interleaved = layout.vpp is not None
         iterators = [iter(micro_batches) for _ in chunks]
-        with _schedule_of(chunks[0], forward_only):
-            return get_forward_backward_func()(
-                forward_step_func=partial(_forward_step, loss),
+        if self._delivery is not None:
+            iterators[0] = self._delivery.micro_batches(micro_batches, backward=not forward_only)
+        with self._schedule_of(chunks[0], forward_only):
+            results: list[Any] = get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, loss, self.clock),
                 data_iterator=iterators if interleaved else iterators[0],
                 model=chunks if interleaved else chunks[0],
                 num_microbatches=len(micro_batches),
@@ -260,28 +291,36 @@ class TrainStep:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        if self._delivery is not None:
+            self._delivery.finish()
+        return results
+
+    @contextmanager
+    def _schedule_of(self, chunk: torch.nn.Module, forward_only: bool) -> Iterator[None]:
+        # Forward alone, the combined schedule still counts one more micro-batch of warm-up.
+        engine = get_model_config(chunk)
+        overlap = engine.overlap_moe_expert_parallel_comm
+        engine.overlap_moe_expert_parallel_comm = overlap and not forward_only
+        self._timers.combined = engine.overlap_moe_expert_parallel_comm
+        try:
+            with self.clock.pipeline(forward_only):
+                yield
+        finally:
+            engine.overlap_moe_expert_parallel_comm = overlap
 
     def _finalize(self, chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-        # No token count: losses are already averages.
-        finalize_model_grads(chunks, None, **kwargs)
+        with self.clock.span("reduce"):
+            # No token count: losses are already averages.
+            finalize_model_grads(chunks, None, **kwargs)
+            self._add_copied_gradients()
+
+    def _add_copied_gradients(self) -> None:
         for chunk in self.model.chunks:
             weight = chunk.copied_embedding
             if weight is not None and weight.requires_grad:
                 # Two stages hold it, each with the gradients of its own use.
                 gradient: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
                 dist.all_reduce(gradient, group=self.topology.language.embd)
-
-
-@contextmanager
-def _schedule_of(chunk: torch.nn.Module, forward_only: bool) -> Iterator[None]:
-    # Forward alone, the combined schedule still counts one more micro-batch of warm-up.
-    engine = get_model_config(chunk)
-    overlap = engine.overlap_moe_expert_parallel_comm
-    engine.overlap_moe_expert_parallel_comm = overlap and not forward_only
-    try:
-        yield
-    finally:
-        engine.overlap_moe_expert_parallel_comm = overlap
 
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -300,6 +339,7 @@ def _is_trained(encoder: VisionEncoder | None) -> bool:
 
 def _forward_step(
     loss: Callable[..., Any],
+    clock: StepClock,
     data_iterator: Iterator[MicroBatch],
     model: torch.nn.Module,
     return_schedule_plan: bool = False,
@@ -317,8 +357,11 @@ def _forward_step(
         "decoder_input": decoder_input,
         "packed_seq_params": batch.rows,
     }
-    output = chunk.build_schedule_plan(**inputs) if return_schedule_plan else model(**inputs)
-    return output, partial(loss, batch)
+    if return_schedule_plan:
+        return TimedSchedulePlan.of(chunk.build_schedule_plan(**inputs), clock), partial(
+            loss, batch
+        )
+    return model(**inputs), partial(loss, batch)
 
 
 def _collecting(collect: Callable[[torch.Tensor, MicroBatch], Any]) -> Callable[..., Any]:
@@ -328,23 +371,3 @@ def _collecting(collect: Callable[[torch.Tensor, MicroBatch], Any]) -> Callable[
         return zero, torch.zeros((), dtype=torch.int), {"collected": collect(first, batch)}
 
     return loss
-
-
-def _run_encoder(
-    encoder: torch.nn.Module,
-    inner: VisionEncoder,
-    pictures: PictureBatch,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    """Features `[tokens, hidden]`; a rank without pictures encodes one blank unit.
-
-    Its gradient is zero, but it keeps the encoder's gradient and parameter collectives matched.
-    """
-    pixels, grid_hw = pictures.pixel_values, pictures.grid_hw
-    if grid_hw.size(0) == 0:
-        merge = inner.trunk.config.spatial_merge_size
-        channels = inner.trunk.config.in_channels * inner.trunk.config.patch_size**2
-        pixels = torch.zeros(merge * merge, channels)
-        grid_hw = torch.full((1, 2), merge, dtype=torch.int64)
-    return encoder(pixels.to(device=device, dtype=dtype), grid_hw.to(device))

@@ -38,35 +38,60 @@ def packed_attention(
     causal: bool,
     scale: float | None = None,
     max_seqlen: int | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_seqlen_kv: int | None = None,
 ) -> Tensor:
     """Softmax attention within each segment of a packed row.
 
     Args:
         q: [tokens, heads, head_dim], any floating type.
-        k: [tokens, kv_heads, head_dim]; `kv_heads` divides `heads`, and query head h reads
+        k: [kv_tokens, kv_heads, head_dim]; `kv_heads` divides `heads`, and query head h reads
             key head h * kv_heads // heads.
-        v: [tokens, kv_heads, value_dim].
+        v: [kv_tokens, kv_heads, value_dim].
         cu_seqlens: integers [segments + 1], the bounds of the segments in tokens, from 0 to
             `tokens`, on CPU or on q's device. Empty segments are allowed.
         causal: whether a token sees only itself and those before it.
         scale: factor on the scores; None means head_dim ** -0.5.
         max_seqlen: length of the longest segment in tokens; saves a device synchronisation
             on CUDA, unused elsewhere.
+        cu_seqlens_kv: the bounds of the segments' keys, where they are others than the queries':
+            each query sees all keys of its segment. None means those of the queries.
+        max_seqlen_kv: keys of the longest segment, like `max_seqlen`; None without
+            `cu_seqlens_kv`.
 
     Returns:
         [tokens, heads, value_dim] in q's type. On CPU half precision is computed in float32.
 
     Raises:
-        ValueError: shapes or bounds do not fit each other.
+        ValueError: shapes or bounds do not fit each other, or keys have bounds of their own under
+            a causal mask.
     """
     _check_shapes(q, k, v)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k has {k.shape[0]} tokens and q has {q.shape[0]}; they must be equal")
+    if cu_seqlens_kv is None:
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"k has {k.shape[0]} tokens and q has {q.shape[0]}; they must be equal"
+            )
+        cu_seqlens_kv, max_seqlen_kv = cu_seqlens, max_seqlen
+    elif causal:
+        raise ValueError(
+            "cu_seqlens_kv with a causal mask: which key is before which query is not told; use "
+            "packed_attention_with_mask_lengths"
+        )
+    elif len(cu_seqlens_kv) != len(cu_seqlens):
+        raise ValueError(
+            f"cu_seqlens bounds {len(cu_seqlens) - 1} segments and cu_seqlens_kv "
+            f"{len(cu_seqlens_kv) - 1}; they must be the same segments"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _varlen_fits(q, v):
-        return _varlen(q, k, v, cu_seqlens, causal, scale, max_seqlen)
+        bounds = (cu_seqlens, cu_seqlens_kv)
+        return _varlen(q, k, v, bounds, causal, scale, (max_seqlen, max_seqlen_kv))
     lengths = lengths_from_cu_seqlens(cu_seqlens, q.shape[0])
-    plan = plan_buckets(lengths, lengths, q.shape[1] * q.shape[2], q.device)
+    kv_lengths = lengths
+    if cu_seqlens_kv is not cu_seqlens:
+        kv_lengths = lengths_from_cu_seqlens(cu_seqlens_kv, k.shape[0])
+    plan = plan_buckets(lengths, kv_lengths, q.shape[1] * q.shape[2], q.device)
 
     def kernel(bucket: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Padding sits at the end of a segment: under a causal mask no real query sees it.
@@ -240,17 +265,28 @@ def _varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor],
     causal: bool,
     scale: float,
-    max_seqlen: int | None,
+    max_seqlens: tuple[int | None, int | None],
 ) -> Tensor:
-    """torch's variable-length flash attention, which wants one head size, a multiple of 8."""
+    """torch's variable-length flash attention, which wants one head size, a multiple of 8.
+
+    Bounds and longest segments are those of the queries and of the keys; the same object where
+    they do not differ.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    if max_seqlen is None:
-        max_seqlen = max(lengths_from_cu_seqlens(cu_seqlens, q.shape[0]))
-    bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
+    q_longest, kv_longest = max_seqlens
+    if q_longest is None:
+        q_longest = max(lengths_from_cu_seqlens(cu_seqlens[0], q.shape[0]))
+    q_bounds = kv_bounds = cu_seqlens[0].to(device=q.device, dtype=torch.int32)
+    if cu_seqlens[1] is cu_seqlens[0]:
+        kv_longest = q_longest
+    else:
+        kv_bounds = cu_seqlens[1].to(device=q.device, dtype=torch.int32)
+        if kv_longest is None:
+            kv_longest = max(lengths_from_cu_seqlens(cu_seqlens[1], k.shape[0]))
     value_dim = v.shape[-1]
     widest = -(-max(q.shape[-1], value_dim) // 8) * 8
     q, k, v = (_widen(x, widest) for x in (q, k, v))
@@ -264,10 +300,10 @@ def _varlen(
         q,
         k,
         v,
-        bounds,
-        bounds,
-        max_seqlen,
-        max_seqlen,
+        q_bounds,
+        kv_bounds,
+        q_longest,
+        kv_longest,
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
         **options,

@@ -206,6 +206,7 @@ def encoder_bytes(
     recompute: RecomputeConfig,
     device: Device = "cuda",
     frozen: Sequence[str] = (),
+    elsewhere: float = 0.0,
 ) -> Saved:
     """Trunk and adapter over `patches` patches, the features they give not included.
 
@@ -216,6 +217,8 @@ def encoder_bytes(
         recompute: its `vision` field is read.
         device: where the run computes.
         frozen: the parts named in `training.freeze`; a frozen trunk keeps nothing.
+        elsewhere: patches that other ranks hold of the pictures that this rank has parts of; 0
+            where all its pictures are whole.
     """
     vision = model.vision
     if vision is None or {"vision", "adapter"} <= set(frozen):
@@ -229,7 +232,7 @@ def encoder_bytes(
     adapter += patches / vision.spatial_merge_size**2 * per_token * element
     if "vision" in frozen:
         return Saved(adapter)
-    block = encoder_block_bytes(vision, patches, element, recompute, device)
+    block = encoder_block_bytes(vision, patches, element, recompute, device, elsewhere)
     head_dim = hidden // vision.num_attention_heads
     pixels = vision.in_channels * vision.patch_size**2
     # Pixels; the patch embedding; rotary cosines and sines; the last norm's input.
@@ -241,9 +244,17 @@ def encoder_bytes(
 
 
 def encoder_block_bytes(
-    vision: VisionConfig, patches: float, element: int, recompute: RecomputeConfig, device: Device
+    vision: VisionConfig,
+    patches: float,
+    element: int,
+    recompute: RecomputeConfig,
+    device: Device,
+    elsewhere: float = 0.0,
 ) -> Saved:
-    """One block of the trunk over `patches` patches, its input included."""
+    """One block of the trunk over `patches` patches, its input included.
+
+    With parts of pictures (`elsewhere`, as above) keys and values are gathered for attention.
+    """
     hidden, inner, wide = vision.hidden_size, vision.ffn_hidden_size, max(_FLOAT32, element)
     entry = hidden * element * patches
     gated = vision.gated_linear_unit
@@ -259,10 +270,17 @@ def encoder_block_bytes(
         attention += patches * 2 * vision.num_attention_heads * wide
         if device == "cpu":
             attention += patches * 2 * hidden * element
+    if elsewhere:
+        # Gathered keys and values stand for the rank's own rotated keys.
+        attention += (2 * (patches + elsewhere) - patches) * hidden * element
     # The activated gate.
     activation = patches * inner * element if gated else 0.0
+    everything = fixed + attention + activation
+    if elsewhere and not vision.qk_layernorm:
+        # No one reads queries, keys and values as they were projected any more.
+        everything -= patches * 3 * hidden * element
     if recompute.vision == "full":
-        return Saved(entry, fixed + attention + activation)
+        return Saved(entry, everything)
     if recompute.vision == "selective":
         return Saved(entry + fixed, max(attention, activation))
-    return Saved(entry + fixed + attention + activation)
+    return Saved(entry + everything)

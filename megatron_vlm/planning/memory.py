@@ -23,7 +23,8 @@ from megatron_vlm.planning.activations import (
     head_bytes,
 )
 from megatron_vlm.planning.schedule import fullest
-from megatron_vlm.planning.shapes import Parameters, rank_parameters
+from megatron_vlm.planning.shapes import Parameters, element_bytes, rank_parameters
+from megatron_vlm.planning.vision_limits import encoder_patches, window_features
 from megatron_vlm.topology.layout import Layout
 
 _MOMENTS = 2
@@ -71,11 +72,6 @@ class RankMemory:
     def kinds(self) -> dict[str, int]:
         """Bytes by kind, in the order of the fields."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def element_bytes(precision: str) -> int:
-    """Bytes of a weight while it is computed with (fp8 runs keep bf16 weights)."""
-    return {"fp64": 8, "fp32": 4}.get(precision, 2)
 
 
 def picture_tokens(config: RunConfig, assumptions: Assumptions) -> int:
@@ -208,10 +204,11 @@ def _encoder_bytes(
     vision = config.model.vision
     if vision is None:
         return 0.0
-    tokens = _encoded_tokens(config, layout, assumptions)
+    patches = _encoded_tokens(config, layout, assumptions) * vision.spatial_merge_size**2
+    limit = encoder_patches(config, assumptions.device)
     saved = encoder_bytes(
         config.model,
-        tokens * vision.spatial_merge_size**2,
+        patches if limit is None else min(patches, limit),
         element_bytes(config.training.precision),
         config.recompute,
         assumptions.device,
@@ -224,14 +221,27 @@ def _encoder_bytes(
 def _feature_bytes(config: RunConfig, layout: Layout, pp: int, assumptions: Assumptions) -> int:
     if config.model.vision is None:
         return 0
-    tokens = _encoded_tokens(config, layout, assumptions)
+    tokens = own = _encoded_tokens(config, layout, assumptions)
     if pp == layout.embedding_stage:
-        rows = config.training.global_batch_size // layout.dp
         parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+        per_micro_batch = (
+            config.training.micro_batch_size * picture_tokens(config, assumptions) / parts
+        )
         # With their gradients.
-        tokens += 2 * rows * picture_tokens(config, assumptions) / parts
+        tokens += 2 * per_micro_batch * layout.num_micro_batches
+        waiting = _waiting_features(config, layout, per_micro_batch)
+        in_flight = fullest(layout, pp, [1.0] + [0.0] * (layout.num_chunks - 1))[0]
+        tokens = min(tokens, own + waiting + 2 * per_micro_batch * in_flight)
     element = element_bytes(config.training.precision)
     return round(tokens * config.model.language.hidden_size * element)
+
+
+def _waiting_features(config: RunConfig, layout: Layout, per_micro_batch: float) -> float:
+    """Features of micro-batches to come: the window in use and the one that arrives."""
+    window = config.vision_parallel.exchange_window or layout.num_micro_batches
+    limit = window_features(config, layout)
+    features = window * per_micro_batch
+    return 2 * (features if limit is None else min(features, limit))
 
 
 def _encoded_tokens(config: RunConfig, layout: Layout, assumptions: Assumptions) -> float:

@@ -12,6 +12,11 @@ from megatron_vlm.config.model_schema import LanguageConfig, ModelConfig, Vision
 from megatron_vlm.topology.layout import Layout
 
 
+def element_bytes(precision: str) -> int:
+    """Bytes of a weight while it is computed with (fp8 runs keep bf16 weights)."""
+    return {"fp64": 8, "fp32": 4}.get(precision, 2)
+
+
 @dataclass(frozen=True)
 class Parameters:
     """A number of parameters, by the ranks that hold copies of them.

@@ -175,6 +175,7 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     _check_rows(config, cp, tp, sequence_parallel)
     _check_overlap(config, ep, pp, vpp)
     _check_precision(config)
+    _check_groups(config, world_size, dp)
     return Layout(
         world_size=world_size,
         tp=tp,
@@ -189,6 +190,15 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
         stages=stages,
         num_micro_batches=micro_batches,
     )
+
+
+def _check_groups(config: RunConfig, world_size: int, dp: int) -> None:
+    size, replica = config.vision_parallel.balance_group_size, world_size // dp
+    if size is not None and (world_size % size or size % replica):
+        raise ConfigError(
+            f"vision_parallel.balance_group_size {size}: expected a divisor of the {world_size} "
+            f"ranks and a multiple of the {replica} of a data-parallel replica; null takes all"
+        )
 
 
 def _data_parallel_size(world_size: int, tp: int, cp: int, pp: int) -> int:

@@ -34,6 +34,10 @@ class Topology:
     coordinates: Coordinates
     language: ProcessGroupCollection
     vision: ProcessGroupCollection
+    features_out: dist.ProcessGroup
+    """The world, for features on their way to where they are embedded."""
+    features_back: dist.ProcessGroup
+    """The world, for their gradients."""
 
     @property
     def embeds_tokens(self) -> bool:
@@ -84,12 +88,22 @@ def build_topology(layout: Layout, device: torch.device) -> Topology:
         coordinates=place,
         language=ProcessGroupCollection.use_mpu_process_groups(),
         vision=_vision_groups(rank, layout.world_size),
+        features_out=_messages(device),
+        features_back=_messages(device),
     )
 
 
 def destroy_topology() -> None:
     """Forget the engine's groups, so that another layout can be built in this process."""
     parallel_state.destroy_model_parallel()
+
+
+def _messages(device: torch.device) -> dist.ProcessGroup:
+    """A group of the whole world for messages between some of it at a time."""
+    group = dist.new_group()
+    # NCCL wants that all members take part in a group's first operation.
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    return group
 
 
 def _vision_groups(rank: int, world_size: int) -> ProcessGroupCollection:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_vlm.data.balance import EncoderCost
 from megatron_vlm.data.decoders import PictureDecoder
 from megatron_vlm.data.loader import LoadedStep, RankView, StepLoader
 from megatron_vlm.data.rows import Cursor
+from megatron_vlm.data.sharing import Sharing
 from megatron_vlm.engine.agreement import agree_on_failures
+from megatron_vlm.topology.layout import Layout
 from megatron_vlm.topology.mesh import Topology
 from megatron_vlm.training.console import logger
 from megatron_vlm.training.datasets import OpenData, num_workers
@@ -16,14 +19,27 @@ if TYPE_CHECKING:
     from megatron_vlm.config.schema import RunConfig
 
 
-def rank_view(topology: Topology) -> RankView:
+def share_out(config: RunConfig, layout: Layout, cost: EncoderCost) -> Sharing:
+    """How pictures are shared out over the ranks of a layout."""
+    settings, world = config.vision_parallel, layout.world_size
+    vision = config.model.vision
+    return Sharing(
+        replica_of_rank=tuple(layout.coordinates(rank).dp for rank in range(world)),
+        cost=cost,
+        method=settings.balance,
+        groups=world // (settings.balance_group_size or world),
+        max_parts=settings.max_parts,
+        unit=vision.spatial_merge_size**2 if vision is not None else 1,
+    )
+
+
+def rank_view(topology: Topology, sharing: Sharing) -> RankView:
     """Which part of a step a rank fetches."""
     return RankView(
         rank=topology.rank,
-        world_size=topology.layout.world_size,
         replica=topology.coordinates.dp,
-        num_replicas=topology.layout.dp,
         needs_text=topology.embeds_tokens or topology.computes_loss,
+        sharing=sharing,
     )
 
 

@@ -6,13 +6,18 @@ from collections import defaultdict
 
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.data.decoders import PictureDecoder
+from megatron_vlm.data.loader import RankView
 from megatron_vlm.engine.step import TrainStep
 from megatron_vlm.training.datasets import OpenData
-from megatron_vlm.training.feed import agreed, open_loader, rank_view
+from megatron_vlm.training.feed import agreed, open_loader
 
 
 def validate(
-    config: RunConfig, step: TrainStep, sets: dict[str, OpenData], decoder: PictureDecoder
+    config: RunConfig,
+    step: TrainStep,
+    sets: dict[str, OpenData],
+    decoder: PictureDecoder,
+    view: RankView,
 ) -> dict[str, float]:
     """Token-weighted losses: `validation_loss` over all sets, `validation_loss_NAME` for each.
 
@@ -25,7 +30,7 @@ def validate(
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     for name, data in sets.items():
-        found, totals = _one_set(config, step, data, decoder)
+        found, totals = _one_set(config, step, data, decoder, view)
         metrics[f"validation_loss_{name}"] = _total(main, found, totals)
         for loss in weights:
             sums[loss] += found[loss]
@@ -41,14 +46,18 @@ def _total(weights: dict[str, float], sums: dict[str, float], counts: dict[str, 
 
 
 def _one_set(
-    config: RunConfig, step: TrainStep, data: OpenData, decoder: PictureDecoder
+    config: RunConfig,
+    step: TrainStep,
+    data: OpenData,
+    decoder: PictureDecoder,
+    view: RankView,
 ) -> tuple[dict[str, float], dict[str, float]]:
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     loader = open_loader(
         config,
         data,
-        rank_view(step.topology),
+        view,
         decoder,
         prefetch_steps=min(1, config.data.prefetch_steps),
         max_rows=config.training.eval_rows,

@@ -39,6 +39,7 @@ from megatron_vlm.errors import UserError
 from megatron_vlm.models.initialize import initialize
 from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
+from megatron_vlm.planning.vision_limits import encoder_patches, window_features
 from megatron_vlm.platform import World, detect_world, seed_step, start_distributed, stop
 from megatron_vlm.platform.memory import release_unused
 from megatron_vlm.platform.peak import peak_tflops
@@ -53,7 +54,8 @@ from megatron_vlm.training.datasets import (
     open_held_out_data,
     open_training_data,
 )
-from megatron_vlm.training.feed import agreed, open_loader, rank_view
+from megatron_vlm.training.encoder_cost import given_cost, settled_cost
+from megatron_vlm.training.feed import agreed, open_loader, rank_view, share_out
 from megatron_vlm.training.held_out import validate
 from megatron_vlm.training.metrics import (
     MetricsWriter,
@@ -64,6 +66,7 @@ from megatron_vlm.training.metrics import (
 )
 from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.signals import StopRequest
+from megatron_vlm.training.timelines import align_clocks, record_timeline
 
 _GIB = 1 << 30
 _RELEASE_INTERVAL = 25
@@ -80,7 +83,10 @@ def train(config: RunConfig, world: World | None = None) -> Progress:
     layout = resolve_layout(config, world.world_size)
     data = open_training_data(config)
     held_out = open_held_out_data(config, data)
-    # For its refusals, before there is a process group.
+    # For their refusals, before there is a process group.
+    given_cost(config)
+    encoder_patches(config, "cuda" if torch.cuda.is_available() else "cpu")
+    window_features(config, layout)
     chat_template(config, data, None)
     device = start_distributed(world)
     failed = True
@@ -122,6 +128,8 @@ class Run:
         model = build_model(config, topology, self.objective.predicts_ahead)
         initialize(model.sharded_state_dict(), config.model, config.training.seed)
         self.trainable = make_trainable(model, config)
+        cost = settled_cost(config, model)
+        self.view = rank_view(topology, share_out(config, topology.layout, cost))
         self._tokenizer = data.stream.sources[0].samples.index.tokenizer_path.read_text()
         self._stream = data_stream(config, data)
         start, with_optimizer = find_start(config, self._stream, self._tokenizer)
@@ -137,6 +145,10 @@ class Run:
             chunks=list(self.trainable.chunks),
             encoder=self.trainable.encoder,
             reference=self._reference(self.objective),
+            encoder_patches=encoder_patches(
+                config, "cuda" if topology.device.type == "cuda" else "cpu"
+            ),
+            window_features=window_features(config, topology.layout),
         )
         precision = config.training.precision
         self._peak = peak_tflops(
@@ -240,11 +252,17 @@ class Run:
         iteration = progress.iteration + 1
         seed_step(config.training.seed, iteration)
         rate = learning_rate(config, iteration)
+        recorded = self._due(config.training.timeline_interval, iteration)
+        if recorded:
+            align_clocks(self.topology)
         self.trainable.optimizer.zero_grad()
         result = self.step.train(loaded)
-        norm = self._update(result, rate)
+        with self.step.clock.span("optimizer"):
+            norm = self._update(result, rate)
         self._advance(loaded, norm)
         elapsed = time.perf_counter() - self._step_started
+        if recorded:
+            record_timeline(self.step.clock.pieces(), self.topology, self.run_dir, iteration)
         return self._metrics(loaded, result, norm, rate, elapsed, self._waited)
 
     def _update(self, result: StepResult, rate: float) -> float:
@@ -293,8 +311,11 @@ class Run:
         waited: float,
     ) -> dict[str, Any]:
         config, plan, world = self.config, loaded.plan, self.topology.layout.world_size
-        slowest = self._largest([elapsed, waited, self._memory()])
-        seconds, data_seconds, memory = slowest
+        clock = self.step.clock
+        encoding = clock.seconds("encode", "encode_backward")
+        exchanging = clock.seconds("exchange", "exchange_back")
+        slowest = self._largest([elapsed, waited, self._memory(), encoding, exchanging])
+        seconds, data_seconds, memory, encode_seconds, exchange_seconds = slowest
         tflops = model_flops(plan, config) / seconds / world / 1e12
         metrics: dict[str, Any] = {
             "iteration": self.progress.iteration,
@@ -309,6 +330,9 @@ class Run:
             "global_batch_size": config.training.global_batch_size,
             "step_time_s": seconds,
             "data_time_s": data_seconds,
+            "encode_time_s": encode_seconds,
+            "exchange_time_s": exchange_seconds,
+            "bubble_time_s": self._mean(clock.waited_seconds()),
             "tokens_per_second_per_device": plan.tokens / seconds / world,
             "images_per_second_per_device": len(plan.pictures) / seconds / world,
             "tflops_per_device": tflops,
@@ -327,14 +351,14 @@ class Run:
     def _validate(self) -> dict[str, float]:
         if not self.held_out:
             return {}
-        return validate(self.config, self.step, self.held_out, self.decoder)
+        return validate(self.config, self.step, self.held_out, self.decoder, self.view)
 
     def _loader(self) -> StepLoader:
         cursor = self.progress.cursor
         return open_loader(
             self.config,
             self.data,
-            rank_view(self.topology),
+            self.view,
             self.decoder,
             None if cursor is None else Cursor.from_json(cursor),
             prefetch_steps=self.config.data.prefetch_steps,
@@ -383,8 +407,9 @@ class Run:
         elif done:
             logger.info("resumed at iteration %d", done)
 
-    def _due(self, interval: int | None) -> bool:
-        return interval is not None and self.progress.iteration % interval == 0
+    def _due(self, interval: int | None, iteration: int | None = None) -> bool:
+        now = self.progress.iteration if iteration is None else iteration
+        return interval is not None and now % interval == 0
 
     def _anyone(self, mine: bool) -> bool:
         return self._largest([float(mine)])[0] > 0
@@ -393,6 +418,11 @@ class Run:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
+
+    def _mean(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(tensor)
+        return float(tensor) / self.topology.layout.world_size
 
     def _memory(self) -> float:
         """Peak GiB on the device, or this process's resident memory on a CPU."""

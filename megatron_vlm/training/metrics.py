@@ -10,10 +10,12 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vlm.config.schema import RunConfig
+from megatron_vlm.data.balance import loads_of
 from megatron_vlm.data.plan import StepPlan
 from megatron_vlm.models.language.flops import attention_flops, linear_flops_per_token
 from megatron_vlm.models.vision.flops import encoder_flops
 from megatron_vlm.training.console import logger
+from megatron_vlm.training.encoder_cost import flops_cost
 
 # Forward and backward: each product of the forward pass has two in the backward pass.
 _FORWARD_AND_BACKWARD = 3
@@ -85,23 +87,20 @@ def model_flops(plan: StepPlan, config: RunConfig) -> float:
     )
     total = linear_flops_per_token(language) * plan.tokens + attention_flops(language, squares)
     if vision is not None:
-        grids = [(picture.grid_h, picture.grid_w) for picture in plan.pictures]
-        total += encoder_flops(grids, vision, adapter, language.hidden_size) if grids else 0.0
+        grids = zip(plan.pictures.grid_h.tolist(), plan.pictures.grid_w.tolist(), strict=True)
+        total += encoder_flops(grids, vision, adapter, language.hidden_size)
     return _FORWARD_AND_BACKWARD * total
 
 
 def vision_imbalance(plan: StepPlan, config: RunConfig, world_size: int) -> float:
-    """Largest over mean encoder cost of the ranks; 1 when even, or when there are no pictures."""
+    """Largest over mean FLOPs of the ranks; 1 when even, or when there are no pictures."""
     vision = config.model.vision
-    if vision is None or not plan.pictures:
+    if vision is None or not len(plan.pictures):
         return 1.0
-    loads = [0.0] * world_size
-    for picture in plan.pictures:
-        grid = [(picture.grid_h, picture.grid_w)]
-        loads[picture.encoder_rank] += encoder_flops(
-            grid, vision, config.model.adapter, config.model.language.hidden_size
-        )
-    return max(loads) * world_size / sum(loads)
+    shares, patches = plan.shares, plan.pictures.patches
+    costs = flops_cost(config).part(shares.patches, patches[shares.picture])
+    loads = loads_of(costs, shares.rank, world_size)
+    return float(loads.max() / loads.mean())
 
 
 def validation_line(iteration: int, validated: dict[str, float]) -> str:

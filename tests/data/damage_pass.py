@@ -48,7 +48,7 @@ def _pass(index: DatasetIndex) -> tuple[int, int, int]:
     )  # fmt: skip
     read = failed = unnamed = 0
     with StepLoader(
-        stream, [SampleReader(index)], RankView(0, 1, 0, 1, True), global_batch_size=1,
+        stream, [SampleReader(index)], RankView.alone(), global_batch_size=1,
         micro_batch_size=1, vision=VISION, decoder=CpuDecoder(), num_workers=2,
     ) as loader:  # fmt: skip
         for step in loader:

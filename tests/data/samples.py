@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_vlm.config.model_schema import VisionConfig
+from megatron_vlm.data.balance import EncoderCost
 from megatron_vlm.data.build import build_dataset
 from megatron_vlm.data.format import STILL
 from megatron_vlm.data.index import DatasetIndex, IndexColumns, open_dataset
@@ -19,6 +20,7 @@ from megatron_vlm.data.mixture import Phase
 from megatron_vlm.data.plan import MicroBatchPlan, StepPlan
 from megatron_vlm.data.rows import Cursor, Row
 from megatron_vlm.data.sample_set import SampleSet
+from megatron_vlm.data.sharing import Sharing
 from megatron_vlm.data.stream import RowStream, Source
 from megatron_vlm.data.tokenizer import SpecialIds
 
@@ -178,10 +180,17 @@ def index_of(
     )
 
 
+def sharing_of(world_size: int, num_replicas: int = 1, **options: Any) -> Sharing:
+    """Ranks of a replica side by side; pictures cost what they have patches."""
+    replicas = tuple(rank * num_replicas // world_size for rank in range(world_size))
+    return Sharing(replicas, EncoderCost(0.0, 1.0, 0.0), **options)
+
+
 def plan_facts(plan: StepPlan) -> tuple[Any, ...]:
     """A plan as plain values that can be compared."""
     micro = [[micro_facts(item) for item in replica] for replica in plan.micro_batches]
-    return (plan.first_row, micro, plan.pictures, plan.loss_tokens, plan.tokens, plan.documents)
+    pictures = list(plan.pictures), plan.shares.rank.tolist()
+    return (plan.first_row, micro, pictures, plan.loss_tokens, plan.tokens, plan.documents)
 
 
 def micro_facts(plan: MicroBatchPlan) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from tests.data.samples import (
     mixed_entries,
     picture,
     rows_of,
+    sharing_of,
     stream_of,
 )
 
@@ -43,7 +44,7 @@ def mixed_stream(index: DatasetIndex, seq_length: int = 256, **changes: object) 
 
 
 def first_step(stream: RowStream, batch: int, micro: int, replicas: int) -> StepPlan:
-    planned = plan_step(stream, stream.start(), batch, micro, replicas, 1)
+    planned = plan_step(stream, stream.start(), batch, micro, sharing_of(replicas, replicas))
     assert planned is not None
     return planned[0]
 
@@ -135,7 +136,7 @@ def test_labels_never_cross_a_segment(index: DatasetIndex) -> None:
 def test_structure_by_loop(index: DatasetIndex) -> None:
     stream = mixed_stream(index)
     one, _, _, other = rows_of(stream, 4)
-    plan = plan_rows(stream, [one, EMPTY_ROW, other], 3, 1, 1).micro_batches[0][0]
+    plan = plan_rows(stream, [one, EMPTY_ROW, other], 3, sharing_of(1)).micro_batches[0][0]
     layout = structure(plan)
     positions, padding = [], []
     for segment, length in enumerate(plan.segment_lengths):
@@ -149,7 +150,7 @@ def test_structure_by_loop(index: DatasetIndex) -> None:
 
 
 def test_what_is_missing_is_filler(index: DatasetIndex) -> None:
-    plan = plan_rows(mixed_stream(index), [EMPTY_ROW], 1, 1, 1).micro_batches[0][0]
+    plan = plan_rows(mixed_stream(index), [EMPTY_ROW], 1, sharing_of(1)).micro_batches[0][0]
     text = collate_text(plan, {}, PAD)
     assert (text.tokens == PAD).all()
     assert not text.loss_mask.any()

@@ -25,11 +25,19 @@ from megatron_vlm.data.plan import StepPlan, plan_step
 from megatron_vlm.data.rows import Cursor
 from megatron_vlm.data.stream import RowStream
 from megatron_vlm.errors import DataError
-from tests.data.samples import VISION, build, entry, mixed_entries, plan_facts, stream_of
+from tests.data.samples import (
+    VISION,
+    build,
+    entry,
+    mixed_entries,
+    plan_facts,
+    sharing_of,
+    stream_of,
+)
 
 pytestmark = pytest.mark.unit
 
-ALONE = RankView(rank=0, world_size=1, replica=0, num_replicas=1, needs_text=True)
+ALONE = RankView.alone()
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +106,18 @@ def pictures_of(folder: Path, plan: StepPlan, places: Sequence[int]) -> torch.Te
 def test_loader_equals_direct(
     folder: Path, index: DatasetIndex, prefetch: int, workers: int, needs_text: bool
 ) -> None:
-    view = RankView(rank=2, world_size=4, replica=1, num_replicas=2, needs_text=needs_text)
+    view = RankView(2, 1, needs_text, sharing_of(4, 2))
     stream, reader = mixed_stream(index), SampleReader(index)
     cursor = stream.take(stream.start(), 5)[1]
     loader = loader_of(index, view, cursor, prefetch_steps=prefetch, num_workers=workers)
     with loader:
         for step in islice(loader, 4):
-            planned = plan_step(stream, cursor, 8, 2, 2, 4)
+            planned = plan_step(stream, cursor, 8, 2, sharing_of(4, 2))
             assert planned is not None
             plan, cursor = planned
             assert plan_facts(step.plan) == plan_facts(plan)
             assert (step.cursor, step.replica, step.is_last) == (cursor, 1, False)
-            mine = [i for i, p in enumerate(plan.pictures) if p.encoder_rank == 2]
+            mine = plan.shares.picture[plan.shares.rank == 2].tolist()
             assert step.pictures.indices.tolist() == mine
             grids = [[plan.pictures[i].grid_h, plan.pictures[i].grid_w] for i in mine]
             assert step.pictures.grid_hw.tolist() == grids
@@ -156,7 +164,7 @@ def test_the_ranks_of_any_world_make_up_the_same_rows(
         decoded = 0
         found: list[list[LoadedStep]] = []
         for rank in range(world_size):
-            view = RankView(rank, world_size, rank // tensor_ranks, num_replicas, True)
+            view = RankView(rank, rank // tensor_ranks, True, sharing_of(world_size, num_replicas))
             with loader_of(index, view, prefetch_steps=0) as loader:
                 found.append([next(loader), next(loader)])
                 decoded += loader.pictures_decoded

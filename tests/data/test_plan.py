@@ -11,14 +11,21 @@ import pytest
 from megatron_vlm.data.plan import (
     EMPTY_ROW,
     StepPlan,
-    assign_pictures,
     assign_rows,
     plan_rows,
     plan_step,
 )
 from megatron_vlm.data.stream import RowStream
 from megatron_vlm.errors import ConfigError
-from tests.data.samples import VISION, index_of, plan_facts, row_facts, rows_of, stream_of
+from tests.data.samples import (
+    VISION,
+    index_of,
+    plan_facts,
+    row_facts,
+    rows_of,
+    sharing_of,
+    stream_of,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -50,7 +57,7 @@ def step_of(
 ) -> StepPlan:
     """The step that consumes rows [first_row, first_row + batch)."""
     cursor = stream.take(stream.start(), first_row)[1]
-    planned = plan_step(stream, cursor, batch, micro, replicas, world)
+    planned = plan_step(stream, cursor, batch, micro, sharing_of(world, replicas))
     assert planned is not None
     assert planned[1].rows == first_row + batch
     return planned[0]
@@ -93,8 +100,11 @@ def test_a_step_by_hand() -> None:
         (5, 0, 0, 0, 1, 50, 2),
         (5, 0, 1, 0, 1, 54, 4),
     ]
-    assert [(p.grid_h, p.grid_w) for p in plan.pictures[:3]] == [(2, 4), (4, 4), (6, 6)]
-    assert [p.encoder_rank for p in plan.pictures] == [0, 0, 1, 1, 2]
+    assert [(p.grid_h, p.grid_w) for p in plan.pictures][:3] == [(2, 4), (4, 4), (6, 6)]
+    # 36 patches to the first rank, 16 to each other, 8 to the lightest, then to the next.
+    assert plan.shares.picture.tolist() == [0, 1, 2, 3, 4]
+    assert plan.shares.rank.tolist() == [1, 1, 0, 2, 2]
+    assert plan.shares.patches.tolist() == [8, 16, 36, 8, 16]
     assert plan.document_tokens.tolist() == [16, 20, 38, 20, 16, 16, 20]
     assert plan.tokens == 16 + 20 + 38 + 20 + 16 + 16 + 20
     assert plan.document_loss_tokens.tolist() == [6, 10, 15, 10, 8, 6, 10]
@@ -109,7 +119,7 @@ def test_a_full_row_has_no_filler() -> None:
     plan = step_of(stream, 0, 2, 2, 1, 1)
     assert plan.micro_batches[0][0].cu_seqlens.tolist() == [0, 64, 80, 128]
     assert plan.micro_batches[0][0].segment_lengths.tolist() == [64, 5, 0]
-    assert plan.pictures == ()
+    assert len(plan.pictures) == 0
 
 
 def test_a_part_of_a_long_sample_holds_its_own_pictures() -> None:
@@ -145,7 +155,7 @@ def test_rows_and_pictures_are_the_same_for_every_layout(
     }
     place = placed(plan)
     for picture, same in zip(plan.pictures, reference.pictures, strict=True):
-        for name in ("document", "source", "sample", "ordinal", "grid_h", "tokens", "encoder_rank"):
+        for name in ("document", "source", "sample", "ordinal", "grid_h", "tokens"):
             assert getattr(picture, name) == getattr(same, name)
         replica, number, k = place[40 + same.micro_batch]
         assert (picture.replica, picture.micro_batch) == (replica, number)
@@ -191,17 +201,17 @@ def test_another_batch_size_continues_at_the_same_row() -> None:
 def test_missing_rows_are_filler() -> None:
     stream = big_stream()
     one, other = rows_of(stream, 2)
-    plan = plan_rows(stream, [one, EMPTY_ROW, other, EMPTY_ROW], 2, 1, 3)
+    plan = plan_rows(stream, [one, EMPTY_ROW, other, EMPTY_ROW], 2, sharing_of(3))
     [[first, second]] = plan.micro_batches
     assert first.rows == (one, EMPTY_ROW)
     assert second.rows == (other, EMPTY_ROW)
     assert first.cu_seqlens[-2:].tolist() == [128, 256]
     assert first.segment_lengths[-1] == 0
     assert plan.documents == len(one.sample) + len(other.sample)
-    nothing = plan_rows(stream, [EMPTY_ROW] * 2, 1, 2, 3)
+    nothing = plan_rows(stream, [EMPTY_ROW] * 2, 1, sharing_of(4, 2))
     assert (nothing.first_row, nothing.tokens, nothing.loss_tokens) == (-1, 0, 0)
     assert nothing.micro_batches[0][0].cu_seqlens.tolist() == [0, 128]
-    assert nothing.pictures == ()
+    assert len(nothing.pictures) == 0
 
 
 @pytest.mark.parametrize("max_rows", [None, 10])
@@ -209,7 +219,9 @@ def test_data_that_end_fill_their_last_batch(max_rows: int | None) -> None:
     stream = big_stream(shuffle=False, max_epochs=[1.0, 1.0])
     count = len(rows_of(stream, 10_000)) if max_rows is None else max_rows
     cursor, documents, numbers = stream.start(), 0, []
-    while planned := plan_step(stream, cursor, 8, 2, 2, 4, max_rows and max_rows - cursor.rows):
+    while planned := plan_step(
+        stream, cursor, 8, 2, sharing_of(4, 2), max_rows and max_rows - cursor.rows
+    ):
         plan, cursor = planned
         documents += plan.documents
         numbers += sorted(number for number in placed(plan) if number >= 0)
@@ -228,7 +240,7 @@ def test_a_sample_that_failed_counts_as_filler() -> None:
     assert changed.documents == plan.documents
     assert changed.tokens == plan.tokens - plan.document_tokens[failed].sum()
     assert changed.loss_tokens == plan.loss_tokens - plan.document_loss_tokens[failed].sum()
-    assert changed.pictures == plan.pictures
+    assert changed.pictures is plan.pictures
     left = 0
     for before, after in zip(plan.micro_batches, changed.micro_batches, strict=True):
         for old, new in zip(before, after, strict=True):
@@ -259,20 +271,11 @@ def test_rows_are_balanced_by_their_attention() -> None:
         assert waits - costs.sum() / 4 < 0.5 * (waits_in_order - costs.sum() / 4)
 
 
-@pytest.mark.parametrize(("count", "world_size"), [(0, 4), (3, 8), (8, 8), (13, 4), (100, 7)])
-def test_even_split(count: int, world_size: int) -> None:
-    ranks = assign_pictures(np.ones(count), world_size)
-    assert (np.diff(ranks) >= 0).all()
-    sizes = np.bincount(ranks, minlength=world_size)
-    assert len(sizes) == world_size
-    assert sizes.max() - sizes.min() <= 1
-
-
 def test_batches_that_do_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size 6 .*micro_batch_size 2 .* 2 data"):
         step_of(small_stream(), 0, 6, 2, 2, 2)
     with pytest.raises(ConfigError, match="global_batch_size 0"):
-        plan_rows(small_stream(), [], 1, 1, 1)
+        plan_rows(small_stream(), [], 1, sharing_of(1))
 
 
 def test_planning_needs_no_torch() -> None:

@@ -23,12 +23,12 @@ from megatron_vlm.data.stream import RowStream, Source
 from megatron_vlm.data.tokenizer import byte_tokenizer
 from megatron_vlm.data.untie import UntieSettings, layout_row
 from megatron_vlm.errors import DataError
-from tests.data.samples import BYTE_IDS, build, entry, row_facts
+from tests.data.samples import BYTE_IDS, build, entry, row_facts, sharing_of
 
 pytestmark = pytest.mark.unit
 
 ALWAYS = UntieSettings(probability=1.0, backtrace_probability=0.5)
-ALONE = RankView(0, 1, 0, 1, True)
+ALONE = RankView.alone()
 
 
 def documents(folder: Path, knots: bool = True) -> DatasetIndex:
@@ -168,7 +168,7 @@ def test_untied_documents_share_no_row_with_others(tmp_path: Path) -> None:
 
 def test_a_document_that_fails_takes_its_row_along(tmp_path: Path) -> None:
     stream = stream_of(documents(tmp_path))
-    planned = plan_step(stream, stream.start(), 4, 2, 1, 1)
+    planned = plan_step(stream, stream.start(), 4, 2, sharing_of(1))
     assert planned is not None
     failed = np.zeros(len(planned[0].document_tokens), bool)
     failed[0] = True

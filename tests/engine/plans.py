@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_vlm.data.plan import MicroBatchPlan, PicturePlan, StepPlan
+from megatron_vlm.data.picture_table import PicturePlan, PictureTable, Shares
+from megatron_vlm.data.plan import MicroBatchPlan, StepPlan
 from megatron_vlm.data.rows import Row
 from megatron_vlm.topology.layout import Layout
 
@@ -84,6 +85,22 @@ def random_micro_batch(
     return laid_out(made, row_tokens)
 
 
+def random_shares(rng: np.random.Generator, table: PictureTable, ranks: int) -> Shares:
+    """Each picture on one rank, or cut into two or three parts on several."""
+    made = []
+    for picture, patches in enumerate(table.patches.tolist()):
+        count = min(int(rng.choice([1, 1, 2, 3])), ranks, patches // 4)
+        bounds = [
+            0,
+            *sorted(rng.choice(np.arange(1, patches // 4), count - 1, False)),
+            patches // 4,
+        ]
+        chosen = sorted(rng.choice(ranks, count, replace=False))
+        for rank, first, last in zip(chosen, bounds[:-1], bounds[1:], strict=True):
+            made.append((picture, rank, 4 * first, 4 * (last - first)))
+    return Shares(*np.array(made, np.int64).reshape(-1, 4).T)
+
+
 def random_plan(
     rng: np.random.Generator,
     layout: Layout,
@@ -93,7 +110,7 @@ def random_plan(
     multiple: int,
     density: float,
 ) -> StepPlan:
-    """Pictures of random length anywhere in the segments, each encoded by any rank."""
+    """Pictures of random length anywhere in the segments, encoded by any ranks, some by several."""
     groups, pictures = [], []
     for replica in range(layout.dp):
         members = []
@@ -117,17 +134,17 @@ def random_plan(
                                 micro_batch=number,
                                 start=int(start) + position,
                                 tokens=tokens,
-                                encoder_rank=int(rng.integers(layout.world_size)),
                             )
                         )
                     position += tokens
         groups.append(tuple(members))
     # Plan order is by row, not by replica: any order must do.
-    order = rng.permutation(len(pictures))
+    table = PictureTable.of([pictures[i] for i in rng.permutation(len(pictures))])
     return StepPlan(
         first_row=0,
         micro_batches=tuple(groups),
-        pictures=tuple(pictures[i] for i in order),
+        pictures=table,
+        shares=random_shares(rng, table, layout.world_size),
         document_loss_tokens=np.ones(1, np.int64),
         document_tokens=np.ones(1, np.int64),
         document_samples=np.ones(1, np.int64),

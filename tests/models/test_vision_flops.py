@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from megatron_vlm.config import AdapterConfig, VisionConfig
 from megatron_vlm.models.vision.encoder import VisionEncoder
-from megatron_vlm.models.vision.flops import encoder_flops
+from megatron_vlm.models.vision.flops import encoder_flops, part_flops
 
 pytestmark = pytest.mark.unit
 
@@ -56,6 +57,19 @@ def test_pictures_add_up_and_none_costs_nothing() -> None:
     parts = [encoder_flops([grid], VISION, ADAPTER, LANGUAGE) for grid in grids]
     assert encoder_flops(grids, VISION, ADAPTER, LANGUAGE) == pytest.approx(sum(parts), rel=1e-15)
     assert encoder_flops([], VISION, ADAPTER, LANGUAGE) == 0
+
+
+def test_parts_cost_their_queries_over_all_keys() -> None:
+    """A part against a picture of its size, and torch's count for the keys that it has besides."""
+    own, whole = 40, 192
+    found = part_flops(
+        np.array([own, whole - own]), np.array([whole] * 2), VISION, ADAPTER, LANGUAGE
+    )
+    assert found.sum() == encoder_flops([(12, 16)], VISION, ADAPTER, LANGUAGE)
+    alone = encoder_flops([(2, own // 2)], VISION, ADAPTER, LANGUAGE)
+    more = sdpa_flop_count((1, 4, own, 16), (1, 4, whole, 16), (1, 4, whole, 16))
+    less = sdpa_flop_count((1, 4, own, 16), (1, 4, own, 16), (1, 4, own, 16))
+    assert found[0] == alone + VISION.num_layers * (more - less)
 
 
 def test_published_encoder_on_its_largest_picture() -> None:

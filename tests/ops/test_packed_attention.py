@@ -303,9 +303,89 @@ def test_torchs_own_is_asked_in_words_it_knows(
     options = {"window_size", "scale", *(["enable_gqa"] if knows_gqa else [])}
     monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset(options))
     q, k, v = tensors(torch.float64, (22, 22), 4, 2, (10, 6))
-    found = attention._varlen(q, k, v, bounds([5, 17]), causal, 0.3, None)
+    cu_seqlens = bounds([5, 17])
+    found = attention._varlen(q, k, v, (cu_seqlens, cu_seqlens), causal, 0.3, (None, None))
     expected = reference(q, k, v, self_masks([5, 17], causal), 0.3)
     torch.testing.assert_close(found, expected)
+
+
+def test_varlen_is_told_of_queries_and_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import varlen
+
+    from megatron_vlm.ops import attention
+
+    def plain(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):  # type: ignore[no-untyped-def]
+        assert (max_q, max_k, window_size) == (5, 17, (-1, -1))
+        assert (cu_q.tolist(), cu_k.tolist()) == ([0, 5, 9], [0, 7, 24])
+        return reference(q, k, v, [torch.ones(5, 7), torch.ones(4, 17)], scale)
+
+    monkeypatch.setattr(varlen, "varlen_attn", plain)
+    monkeypatch.setattr(attention, "_varlen_options", lambda: frozenset())
+    monkeypatch.setattr(attention, "_varlen_fits", lambda q, v: True)
+    q, k, v = tensors(torch.float64, (9, 24), 2, 2, (8, 8))
+    for longest in (None, None), (5, 17):
+        found = packed_attention(
+            q,
+            k,
+            v,
+            bounds([5, 4]),
+            causal=False,
+            max_seqlen=longest[0],
+            cu_seqlens_kv=bounds([7, 17]),
+            max_seqlen_kv=longest[1],
+        )
+        expected = reference(q, k, v, [torch.ones(5, 7), torch.ones(4, 17)])
+        torch.testing.assert_close(found, expected)
+
+
+FEWER_QUERIES = [2, 0, 8, 1, 17, 20, 16, 4, 0, 75]
+"""Queries of segments whose keys are MIXED: all of some, few or none of others."""
+
+
+def check_fewer_queries(dtype: torch.dtype, device: str) -> None:
+    tokens = (sum(FEWER_QUERIES), sum(MIXED))
+    inputs = [x.detach().to(device).requires_grad_() for x in tensors(dtype, tokens, 4, 2, (24, 8))]
+    out = packed_attention(
+        *inputs,
+        bounds(FEWER_QUERIES).to(device),
+        causal=False,
+        max_seqlen=max(FEWER_QUERIES),
+        cu_seqlens_kv=bounds(MIXED).to(device),
+        max_seqlen_kv=max(MIXED),
+    )
+    seed = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, inputs, seed)
+    exact = tuple(x.detach().double().cpu().requires_grad_() for x in inputs)
+    masks = [
+        torch.ones(queries, keys, dtype=torch.float64)
+        for queries, keys in zip(FEWER_QUERIES, MIXED, strict=True)
+    ]
+    expected = reference(*exact, masks)
+    expected_gradients = torch.autograd.grad(expected, exact, seed.double().cpu())
+    assert_close([x.cpu() for x in (out, *gradients)], [expected, *expected_gradients], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_fewer_queries_than_keys(dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    check_fewer_queries(dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fewer_queries_than_keys_on_a_gpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    check_fewer_queries(dtype, "cuda")
+
+
+def test_bounds_of_keys_that_do_not_fit_are_refused() -> None:
+    q, k, v = tensors(torch.float64, (3, 5), 2, 2, (8, 8))
+    with pytest.raises(ValueError, match="cu_seqlens_kv with a causal mask"):
+        packed_attention(q, k, v, bounds([3]), causal=True, cu_seqlens_kv=bounds([5]))
+    with pytest.raises(ValueError, match="bounds 1 segments and cu_seqlens_kv 2"):
+        packed_attention(q, k, v, bounds([3]), causal=False, cu_seqlens_kv=bounds([2, 3]))
+    with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 5"):
+        packed_attention(q, k, v, bounds([3]), causal=False, cu_seqlens_kv=bounds([4]))
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from megatron_vlm.planning.activations import (
     head_bytes,
 )
 from megatron_vlm.planning.memory import Assumptions, share_of
+from megatron_vlm.platform import World, start_distributed, stop
 from megatron_vlm.topology.layout import resolve_layout
 from tests.parallel.layouts import DEEPSEEK
 from tests.planning.saved import decoder_layers, saved_bytes
@@ -135,6 +136,7 @@ def _encoder_saves(config: RunConfig, grid: torch.Tensor) -> int:
 
 SEED = ("model.vision.gated_linear_unit=false", "model.adapter.merge=average")
 QK_NORM = ("model.vision.qk_layernorm=true",)
+OPTIONS: tuple[tuple[str, ...], ...] = ((), SEED, QK_NORM)
 
 
 @pytest.mark.unit
@@ -159,7 +161,7 @@ def test_encoder(overrides: str, options: tuple[str, ...]) -> None:
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("options", [(), SEED, QK_NORM])
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_encoder_block(recompute: str, options: tuple[str, ...]) -> None:
     grid = torch.tensor([[20, 24]])
@@ -171,6 +173,55 @@ def test_encoder_block(recompute: str, options: tuple[str, ...]) -> None:
     assert two.model.vision is not None
     planned = encoder_block_bytes(two.model.vision, 20 * 24, 4, two.recompute, "cpu")
     assert planned.kept == pytest.approx(one_more, rel=TOLERANCE)
+
+
+def _part_saves(world: World, configs: list[RunConfig]) -> list[int]:
+    """Bytes that each configuration's encoder keeps of a picture's part on this rank."""
+    import torch.distributed as dist
+
+    from megatron_vlm.models.vision.encoder import VisionEncoder
+    from megatron_vlm.models.vision.sharing import Part, SharedPictures
+
+    start_distributed(world)
+    mine = (160, 320)[world.rank]
+    group, part = dist.group.WORLD, Part(0, 0, (0, 1), (160, 320), world.rank)
+    assert group is not None
+    sharing, grid = SharedPictures((part,), group), torch.tensor([[20, 24]])
+    sizes = []
+    for config in configs:
+        model = config.model
+        assert model.vision is not None
+        encoder = VisionEncoder(
+            model.vision, model.adapter, model.language.hidden_size, config.recompute.vision
+        )
+        pixels = torch.zeros(mine, model.vision.in_channels * 14**2)
+
+        def forward(encoder: VisionEncoder = encoder, pixels: torch.Tensor = pixels) -> object:
+            return encoder(pixels, grid, sharing)
+
+        sizes.append(saved_bytes(forward, encoder.parameters()))
+    stop()
+    return sizes
+
+
+@pytest.mark.distributed
+def test_encoder_with_a_part_of_a_picture() -> None:
+    """The bytes of a third block, to the byte: what is gathered is but a small part of them."""
+    pairs = [
+        (recompute, options) for recompute in ("none", "selective", "full") for options in OPTIONS
+    ]
+    configs = [
+        _config(f"recompute.vision={recompute}", f"model.vision.num_layers={layers}", *options)
+        for recompute, options in pairs
+        for layers in (2, 3)
+    ]
+    for mine, sizes in zip((160, 320), run_ranks(2, _part_saves, configs), strict=True):
+        for number, config in enumerate(configs[1::2]):
+            one_more = sizes[2 * number + 1] - sizes[2 * number]
+            vision = config.model.vision
+            assert vision is not None
+            saved = encoder_block_bytes(vision, mine, 4, config.recompute, "cpu", 480 - mine)
+            assert saved.kept == one_more, pairs[number]
 
 
 def _loss_peak(world: object, tokens: int, vocabulary: int) -> int:

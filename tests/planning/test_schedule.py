@@ -1,4 +1,4 @@
-"""The simulated order of passes is the engine's, on every rank of a pipeline."""
+"""The simulated order of passes is the engine's, micro-batch by micro-batch, on every rank."""
 
 from __future__ import annotations
 
@@ -15,40 +15,52 @@ from megatron_vlm.topology.layout import Layout, resolve_layout
 from tests.ranks import run_ranks
 from tests.training_case import RECIPE, recipe
 
+
+def _case(
+    world_size: int,
+    pp: int,
+    vpp: int | None = None,
+    stages: str | None = None,
+    batch: int = 4,
+) -> tuple[int, tuple[str, ...]]:
+    words = [
+        f"parallel.pipeline_model_parallel_size={pp}",
+        f"training.global_batch_size={batch * world_size // pp}",
+    ]
+    if vpp is not None:
+        words.append(f"parallel.virtual_pipeline_model_parallel_size={vpp}")
+    if stages is not None:
+        words.append(f"parallel.pipeline_model_parallel_layout='{stages}'")
+    return world_size, tuple(words)
+
+
 CASES = {
-    "pp1": (1, ()),
-    "pp2": (2, ("parallel.pipeline_model_parallel_size=2",)),
-    "pp3_uneven": (
-        3,
-        (
-            "parallel.pipeline_model_parallel_size=3",
-            "parallel.pipeline_model_parallel_layout='Et|tt|tL'",
-        ),
-    ),
-    "pp4": (4, ("parallel.pipeline_model_parallel_size=4",)),
-    "pp2_vpp2": (
-        2,
-        (
-            "parallel.pipeline_model_parallel_size=2",
-            "parallel.virtual_pipeline_model_parallel_size=2",
-        ),
-    ),
-    "few_micro_batches": (
-        2,
-        (
-            "parallel.pipeline_model_parallel_size=2",
-            "parallel.virtual_pipeline_model_parallel_size=2",
-            "training.global_batch_size=2",
-        ),
-    ),
+    "pp1": _case(1, 1),
+    "pp2": _case(2, 2),
+    "pp2_five": _case(2, 2, batch=5),
+    "pp2_dp2": _case(4, 2, batch=3),
+    "pp3_uneven": _case(3, 3, stages="Et|tt|tL"),
+    "pp3_uneven_seven": _case(3, 3, stages="Et|tt|tL", batch=7),
+    "pp4": _case(4, 4),
+    "pp4_two": _case(4, 4, batch=2),
+    "pp4_nine": _case(4, 4, batch=9),
+    "pp2_vpp2": _case(2, 2, vpp=2),
+    "pp2_vpp2_eight": _case(2, 2, vpp=2, batch=8),
+    "pp2_vpp3": _case(2, 2, vpp=3, stages="E|t|t|t|t|L", batch=6),
+    "pp3_vpp2": _case(3, 3, vpp=2, stages="E|t|t|t|t|L", batch=6),
+    "few_micro_batches": _case(2, 2, vpp=2, batch=2),
 }
+"""Micro-batches are four unless the name says otherwise."""
 
 QUICK = ("pp3_uneven", "pp2_vpp2")
 """The others are left to `make test-all`."""
 
 
-def _observe(world: World, config: RunConfig) -> list[tuple[int, int]]:
-    """(chunk, +1) as each forward pass ends, (chunk, -1) as each backward pass begins."""
+def _observe(world: World, config: RunConfig) -> list[tuple[bool, int, int]]:
+    """A pass as each forward pass ends, and as each backward pass begins.
+
+    A micro-batch is known by the rows it hands to the model, whatever the order.
+    """
     from megatron_vlm.topology.mesh import build_topology
     from megatron_vlm.training.datasets import open_training_data
     from megatron_vlm.training.loop import Run
@@ -56,18 +68,30 @@ def _observe(world: World, config: RunConfig) -> list[tuple[int, int]]:
     layout = resolve_layout(config, world.world_size)
     data = open_training_data(config)
     run = Run(config, build_topology(layout, start_distributed(world)), data, held_out={})
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[bool, int, int]] = []
+    rows: list[Any] = []
+    build = run.step._micro_batches
+
+    def build_and_note(data: Any) -> Any:
+        batches = build(data)
+        rows.extend(batch.rows for batch in batches)
+        return batches
+
+    run.step._micro_batches = build_and_note  # type: ignore[method-assign]
 
     def watch(chunk: int) -> Any:
-        def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            if torch.is_grad_enabled():
-                seen.append((chunk, 1))
-                output.register_hook(lambda gradient: seen.append((chunk, -1)))
+        def hook(
+            module: torch.nn.Module, args: Any, inputs: dict[str, Any], output: torch.Tensor
+        ) -> None:
+            given = inputs["packed_seq_params"]
+            number = next(i for i, known in enumerate(rows) if known is given)
+            seen.append((True, chunk, number))
+            output.register_hook(lambda gradient: seen.append((False, chunk, number)))
 
         return hook
 
     for number, chunk in enumerate(run.step.model.chunks):
-        chunk.register_forward_hook(watch(number))
+        chunk.register_forward_hook(watch(number), with_kwargs=True)
     run.run()
     stop()
     return seen

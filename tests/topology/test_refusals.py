@@ -294,6 +294,12 @@ REFUSALS = {
         ["overlap_param_gather true", "overlap_grad_reduce true"],
         ["reduce=true"],
     ),
+    "balance_group": Refusal(
+        8,
+        "pp=2 group=3",
+        ["balance_group_size 3", "8 ranks", "2 of a data-parallel replica", "null takes all"],
+        ["group=4", "group=null"],
+    ),
     "warmup": Refusal(1, "warmup=11", ["lr_warmup_iters 11", "train_iters 10"], ["warmup=10"]),
 }
 

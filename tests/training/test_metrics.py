@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_vlm.data.plan import PicturePlan, StepPlan
+from megatron_vlm.data.picture_table import PicturePlan, PictureTable, Shares
+from megatron_vlm.data.plan import StepPlan
 from megatron_vlm.training.console import StepBar, logger, open_logs
 from megatron_vlm.training.metrics import (
     MetricsWriter,
@@ -157,12 +158,17 @@ def test_log_line() -> None:
 def _plan(pictures: list[tuple[int, int, int]]) -> StepPlan:
     """A step with pictures (grid height, grid width, encoder rank)."""
     plan = random_plan(np.random.default_rng(0), bare_layout(dp=2), 2, 2, 64, 8, 0.0)
-    made = tuple(
-        PicturePlan(0, 0, i, 0, height, width, 0, 0, 0, height * width // 4, rank)
-        for i, (height, width, rank) in enumerate(pictures)
+    table = PictureTable.of(
+        [
+            PicturePlan(0, 0, i, 0, height, width, 0, 0, 0, height * width // 4)
+            for i, (height, width, _) in enumerate(pictures)
+        ]
     )
-    patches = sum(h * w for h, w, _ in pictures)
-    return StepPlan(0, plan.micro_batches, made, *(np.array([n]) for n in (1, 300, 4)), patches)
+    ranks = np.array([rank for _, _, rank in pictures], np.int64)
+    none = np.zeros(len(ranks), np.int64)
+    shares = Shares(np.arange(len(ranks)), ranks, none, table.patches)
+    counts = (np.array([n]) for n in (1, 300, 4))
+    return StepPlan(0, plan.micro_batches, table, shares, *counts, int(table.patches.sum()))
 
 
 def test_vision_imbalance() -> None:

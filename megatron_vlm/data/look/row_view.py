@@ -22,7 +22,7 @@ from megatron_vlm.data.loader import LoadedStep
 from megatron_vlm.data.look.entries import read_entry
 from megatron_vlm.data.look.painting import painted
 from megatron_vlm.data.look.spelling import spell
-from megatron_vlm.data.plan import PicturePlan
+from megatron_vlm.data.picture_table import PicturePlan
 from megatron_vlm.data.row_table import untied_layout
 from megatron_vlm.data.rows import Row
 from megatron_vlm.data.stream import RowStream

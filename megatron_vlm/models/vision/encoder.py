@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megatron_vlm.config.model_schema import AdapterConfig, VisionConfig
 from megatron_vlm.models.adapter import Adapter
 from megatron_vlm.models.vision.navit import NaViT, Recompute
+from megatron_vlm.models.vision.sharing import SharedPictures
 
 
 class VisionEncoder(nn.Module):
@@ -23,6 +24,11 @@ class VisionEncoder(nn.Module):
         self.trunk = NaViT(vision, recompute)
         self.adapter = Adapter(adapter, vision, language_hidden_size)
 
-    def forward(self, pixel_values: Tensor, grid_hw: Tensor) -> Tensor:
-        """[patches, channels * patch_size**2] and int64 [pictures, 2] -> [tokens, hidden]."""
-        return self.adapter(self.trunk(pixel_values, grid_hw))
+    def forward(
+        self, pixel_values: Tensor, grid_hw: Tensor, sharing: SharedPictures | None = None
+    ) -> Tensor:
+        """[patches, channels * patch_size**2] and int64 [pictures, 2] -> [tokens, hidden].
+
+        With `sharing`, the patches and tokens of shared pictures are those of this rank.
+        """
+        return self.adapter(self.trunk(pixel_values, grid_hw, sharing))

@@ -49,7 +49,7 @@ def load(recipe: Path, rows: int, start: int = 0) -> tuple[LoadedStep, OpenData,
     data = open_training_data(config)
     cursor = data.stream.take(data.stream.start(), start)[1]
     loader = StepLoader(
-        data.stream, data.readers, RankView(0, 1, 0, 1, True), cursor, global_batch_size=rows,
+        data.stream, data.readers, RankView.alone(), cursor, global_batch_size=rows,
         micro_batch_size=rows, vision=config.model.vision, decoder=CpuDecoder(), prefetch_steps=0,
     )  # fmt: skip
     with loader:
