@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from megatron_vlm.cli import data_show, data_stats
+from megatron_vlm.cli import data_show, data_stats, data_verify
 from megatron_vlm.data.format import DEFAULT_SHARD_MB, DEFAULT_VIDEO_FPS, DEFAULT_VIDEO_TOKENS
 from megatron_vlm.errors import ConfigError
 
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from megatron_vlm.data.geometry import PictureRule
     from megatron_vlm.data.pdf.settings import PdfSettings
 
-HELP = """Build data sets from conversations, documents, tars, text or preferences; look at them.
+HELP = """\
+Build data sets from conversations, documents, tars, text or preferences; look at and verify them.
 
 example:
   mvlm data build conversations.json datasets/train
   mvlm data stats demo data.train=datasets/train
   mvlm data show demo data.train=datasets/train --rows 2 --out rows.html
+  mvlm data verify datasets/train
 """
 
 _BUILD_HELP = "turn a source into a data set: tars, an index, a tokenizer"
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="threads that read and decode (default: one per core it may use)",
     )
     build.set_defaults(run_data=_build)
-    for name, module in (("stats", data_stats), ("show", data_show)):
+    for name, module in (("stats", data_stats), ("show", data_show), ("verify", data_verify)):
         module.add_arguments(
             commands.add_parser(
                 name,

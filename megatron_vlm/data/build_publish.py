@@ -106,9 +106,21 @@ def complete_files(
         "loss_tokens": sum(shard.loss_tokens for shard in shards),
         "rejected": rejections,
         "content_sha256": content,
-        "shards": [{"name": shard.name, "bytes": shard.bytes} for shard in shards],
-        "index": {"name": INDEX_FILE, "bytes": index_bytes},
-        "origins": {"name": ORIGINS_FILE, "bytes": len(origins), "count": len(source.origins)},
+        "rejections": {
+            "name": REJECTED_FILE,
+            "bytes": rejected.stat().st_size,
+            "sha256": rejected_sha256,
+        },
+        "shards": [
+            {"name": shard.name, "bytes": shard.bytes, "sha256": shard.sha256} for shard in shards
+        ],
+        "index": {"name": INDEX_FILE, "bytes": index_bytes, "sha256": index_sha256},
+        "origins": {
+            "name": ORIGINS_FILE,
+            "bytes": len(origins),
+            "sha256": sha256(origins),
+            "count": len(source.origins),
+        },
         "tokenizer": {
             "name": TOKENIZER_FILE,
             "sha256": sha256(tokenizer_json),

@@ -187,7 +187,7 @@ def open_dataset(path: str | Path) -> DatasetIndex:
         raise DataError(
             f"{given}: no such folder; expected a data set written by `mvlm data build`"
         )
-    record = _read_record(given / DATASET_FILE)
+    record = read_record(given / DATASET_FILE)
     try:
         build = str(record["folder"])
         shard_names = tuple(str(shard["name"]) for shard in record["shards"])
@@ -269,7 +269,12 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """What a `dataset.json` holds.
+
+    Raises:
+        DataError: it is missing, no JSON, or of another version.
+    """
     try:
         record = json.loads(_read_bytes(path))
     except (ValueError, RecursionError) as error:

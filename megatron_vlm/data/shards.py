@@ -44,6 +44,8 @@ class ShardRecord:
     """File name of the tar."""
     bytes: int
     """Of the tar."""
+    sha256: str
+    """Of the tar, as it was written."""
     samples: int
     pictures: int
     """Pictures and frames."""
@@ -260,6 +262,7 @@ class ShardWriter:
         """Complete the shard: everything is on the disk before its record says so."""
         assert self._tar is not None and self._file is not None
         self._tar.finish()
+        tar_sha256 = self._tar.sha256
         self._file.close()
         self._file = self._tar = None
         self._rejections.close()
@@ -274,6 +277,7 @@ class ShardWriter:
         record = ShardRecord(
             name=self._files.tar.name,
             bytes=self._files.tar.stat().st_size,
+            sha256=tar_sha256,
             samples=len(columns["sample_entry"]),
             pictures=len(columns["picture_size"]),
             frames=sum(pts != STILL for pts in columns["picture_pts"]),
