@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +18,7 @@ from megatron_vlm.cli.main import COMMANDS, _parse, _subcommand_parser, subcomma
 from megatron_vlm.config import RunConfig, load_recipe
 from megatron_vlm.config.messages import known_keys
 from megatron_vlm.config.schema import ParallelConfig, VisionParallelConfig
+from megatron_vlm.data.pdf.settings import PdfSettings
 from tests.parallel.layouts import LAYOUTS
 from tests.training_case import Outcome, recipe, train_case
 
@@ -219,6 +221,13 @@ def test_layouts_are_those_that_are_tested() -> None:
         for section, config in sections.items()
         for name, field in config.model_fields.items()
     }
+
+
+@pytest.mark.unit
+def test_settings_of_pdf_files_are_those_of_the_table() -> None:
+    said = {row[0].strip("`"): row[1] for row in table(ROOT / "docs/data.md", "`--pdf-setting`")}
+    defaults = {name: f"{value}" for name, value in asdict(PdfSettings()).items()}
+    assert said == {**defaults, "longest_side": "none"}
 
 
 @pytest.mark.unit

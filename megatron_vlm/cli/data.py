@@ -160,7 +160,8 @@ def _add_reading(group: argparse._ArgumentGroup) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="how PDF files are read, for example dpi=200, max_pages=50 or seed=1; may be repeated",
+        help="how PDF files are read, for example dpi=200, max_pages=50 or seed=1; may be repeated "
+        "(docs/data.md lists all)",
     )
 
 

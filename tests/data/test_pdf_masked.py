@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
@@ -392,19 +393,36 @@ def test_pages_without_enough_text_are_left_out_with_reasons() -> None:
     picture.image(
         image_object(np.arange(4096, dtype=np.uint8).reshape(64, 64)), "300 0 0 300 50 50"
     )
-    short = Page()
+    short, shorter = Page(), Page()
     short.text(40, 400, "A few words only")
+    shorter.text(40, 400, "Two words")
     single = Page()
     single.paragraph(40, 450, prose(1, 60))
-    file = pdf(_page(TEXTS), picture, short, single, Page())
+    file = pdf(_page(TEXTS), picture, short, single, Page(), shorter)
     (draft,) = masked_pages(file, "a.pdf")
     assert json.loads(draft.entry)["left_out"] == {
         "no text (a scan)": 2,
-        "too little text": 1,
+        "too little text: 8 to 13 characters; PDF setting min_page_chars is 150": 2,
         "a single block of text, which leaves nothing to read around it": 1,
     }
     with pytest.raises(DataError, match=r"^b\.pdf: none of its 2 pages .*2: no text"):
         masked_pages(pdf(picture, Page()), "b.pdf")
+    with pytest.raises(DataError, match=r"1: too little text: 13 characters; PDF setting min_p"):
+        masked_pages(pdf(short), "c.pdf")
+
+
+def test_settings_that_keep_every_block_from_being_covered_are_named() -> None:
+    file = pdf(_page(TEXTS[:2]))
+    longest = max(len("".join(text.split())) for text in TEXTS[:2])
+    with pytest.raises(DataError) as caught:
+        masked_pages(file, "a.pdf", PdfSettings(min_block_chars=1000))
+    assert f"longest has {longest} characters; PDF setting min_block_chars is 1000" in str(
+        caught.value
+    )
+    # 10 points at 144 to the inch.
+    with pytest.raises(DataError) as caught:
+        masked_pages(file, "a.pdf", PdfSettings(min_text_pixels=30))
+    assert "largest text has 20 pixels; PDF setting min_text_pixels is 30 (" in str(caught.value)
 
 
 def test_fonts_without_a_unicode_map_are_garbage() -> None:
@@ -412,8 +430,12 @@ def test_fonts_without_a_unicode_map_are_garbage() -> None:
         f"/g{number}" for number in range(26)
     )
     file = pdf(_page(TEXTS), font_extra=codes + "]>>")
-    with pytest.raises(DataError, match="lack a Unicode map"):
+    with pytest.raises(DataError, match="lack a Unicode map") as caught:
         masked_pages(file, "a.pdf")
+    share = re.search(
+        r"map\): ([\d.]+) of its characters; PDF setting max_unmapped is 0\.05", str(caught.value)
+    )
+    assert share is not None and 0.5 < float(share[1]) <= 1
 
 
 def test_resolution() -> None:

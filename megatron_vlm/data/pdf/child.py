@@ -30,7 +30,8 @@ def main() -> None:
         except MemoryError:
             limit = job.header["settings"]["memory_bytes"]
             reason = (
-                f"PDF needs more than {limit} bytes of memory; raise memory_bytes if it is sound"
+                f"PDF needs more than {limit} bytes of memory; raise the PDF setting memory_bytes "
+                "if it is sound"
             )
             _send(target, Message({"error": reason}, []))
             # What the library could not finish is still in memory: the next job needs another.

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from megatron_vlm.data.pdf.blocks import Block
 from megatron_vlm.data.pdf.chars import PageText, Word
 from megatron_vlm.data.pdf.frames import Box
+from megatron_vlm.data.pdf.left_out import FOUND, PageUnfit
 from megatron_vlm.data.pdf.objects import address, object_bounds, page_objects
 from megatron_vlm.data.pdf.render import render_page
 from megatron_vlm.data.pdf.settings import PdfSettings
@@ -162,6 +163,7 @@ def cover_blocks(
     if len(blocks) < 2:
         raise DataError("a single block of text, which leaves nothing to read around it")
     proof = _Proof(page, text, *size)
+    _check_sizes(proof, blocks, settings)
     waiting = _candidates(proof, text, blocks, settings)
     waiting.sort(key=lambda candidate: _lot(settings.seed, *draw, candidate.number))
     wanted = min(max(round(settings.covered_share * len(blocks)), 1), len(blocks) - 1)
@@ -177,6 +179,34 @@ def cover_blocks(
             return _covered(proof.full, chosen, settings.cover_gray)
         chosen = [candidate for candidate in chosen if candidate not in dropped]
     raise DataError("no block of text that can be covered without touching other text")
+
+
+def _check_sizes(proof: _Proof, blocks: Sequence[Block], settings: PdfSettings) -> None:
+    """Raises PageUnfit if a setting alone keeps every block from being covered."""
+    nothing = "no block of text that can be covered: the "
+    long = [block for block in blocks if _characters(block) >= settings.min_block_chars]
+    if not long:
+        raise PageUnfit(
+            f"{nothing}longest has {FOUND} characters; PDF setting min_block_chars is "
+            f"{settings.min_block_chars}",
+            max(map(_characters, blocks)),
+        )
+    largest = max(_text_pixels(block, proof) for block in long)
+    if largest < settings.min_text_pixels:
+        raise PageUnfit(
+            f"{nothing}largest text has {FOUND} pixels; PDF setting min_text_pixels is "
+            f"{settings.min_text_pixels:g} (a higher dpi makes more)",
+            largest,
+        )
+
+
+def _characters(block: Block) -> int:
+    return sum(len(word.text) for word in block.words)
+
+
+def _text_pixels(block: Block, proof: _Proof) -> float:
+    """Height of its smallest text."""
+    return min(word.size for word in block.words) * proof.scale[1]
 
 
 def _lot(seed: int, key: str, page: int, block: int) -> bytes:
@@ -202,8 +232,8 @@ def _candidates(
         if (
             not inside
             or any(word.unmapped for word in words)
-            or sum(len(word.text) for word in words) < settings.min_block_chars
-            or min(word.size for word in words) * proof.scale[1] < settings.min_text_pixels
+            or _characters(block) < settings.min_block_chars
+            or _text_pixels(block, proof) < settings.min_text_pixels
         ):
             continue
         growth = math.ceil(_GROWTH * block.size * max(proof.scale))

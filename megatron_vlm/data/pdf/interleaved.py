@@ -29,9 +29,6 @@ _RUNNING_SHARE = 0.3
 """A head or foot runs if it is on so many pages, and on this share of them."""
 _BREAK = "\n\n"
 
-_PICTURES_ALONE = "pictures without text to learn on any of pages_per_draft pages"
-"""Why pages were left out that another number of pages a draft might have kept."""
-
 
 def interleaved_documents(
     encoded: bytes, name: str, settings: PdfSettings | None = None
@@ -71,7 +68,12 @@ def interleaved_documents(
             seen = met
             found.append((start, len(part), *draft))
         elif shown := sum(_shows(answer) for answer in part):
-            reasons[_PICTURES_ALONE] = reasons.get(_PICTURES_ALONE, 0) + shown
+            # Another number of pages a draft might have kept them.
+            alone = (
+                f"pictures without text to learn on any of {settings.pages_per_draft} pages "
+                "(pages_per_draft)"
+            )
+            reasons[alone] = reasons.get(alone, 0) + shown
     drafts = []
     for start, count, parts, media in found:
         entry = {

@@ -9,6 +9,7 @@ from megatron_vlm.data.pdf.blocks import Block
 from megatron_vlm.data.pdf.chars import PageText, read_text
 from megatron_vlm.data.pdf.covers import cover_blocks
 from megatron_vlm.data.pdf.embedded import embedded_pictures
+from megatron_vlm.data.pdf.left_out import FOUND, PageUnfit
 from megatron_vlm.data.pdf.messages import Message
 from megatron_vlm.data.pdf.reading import reading_order
 from megatron_vlm.data.pdf.render import encode_png, page_pixels, render_page
@@ -24,8 +25,9 @@ def read_document(
 ) -> Iterator[Message]:
     """Answers about a document: its number of pages, each page in order, and the end.
 
-    A page's answer is `{"left_out": REASON}`, or for masked `{"answer", "covers", "size"}` and
-    the picture, or for interleaved `{"items"}` and the pictures that these count.
+    A page's answer is `{"left_out": REASON}` (with `found` if that holds `FOUND`), or for masked
+    `{"answer", "covers", "size"}` and the picture, or for interleaved `{"items"}` and the pictures
+    that these count.
 
     Raises:
         DataError: the document cannot be opened, or has no pages.
@@ -75,10 +77,16 @@ def _read_page(document: Any, read: _Read, settings: PdfSettings, draw: tuple[st
         try:
             text = read_text(page, text_page)
             if text.unmapped > settings.max_unmapped * text.characters:
-                raise DataError("text without a meaning (fonts that lack a Unicode map)")
+                raise PageUnfit(
+                    f"text without a meaning (fonts that lack a Unicode map): {FOUND} of its "
+                    f"characters; PDF setting max_unmapped is {settings.max_unmapped:g}",
+                    text.unmapped / text.characters,
+                )
             return read(document, page, text, settings, draw)
         finally:
             pdfium.FPDFText_ClosePage(text_page)
+    except PageUnfit as error:
+        return Message({"left_out": str(error), "found": error.found}, [])
     except DataError as error:
         return Message({"left_out": str(error)}, [])
     finally:
@@ -91,7 +99,11 @@ def _masked(
     if not text.characters:
         raise DataError("no text (a scan)")
     if text.characters < settings.min_page_chars:
-        raise DataError("too little text")
+        raise PageUnfit(
+            f"too little text: {FOUND} characters; PDF setting min_page_chars is "
+            f"{settings.min_page_chars}",
+            text.characters,
+        )
     blocks = [piece for piece in reading_order(text.words, []) if isinstance(piece, Block)]
     size = page_pixels(text.frame, settings)
     covered = cover_blocks(page, text, blocks, size, settings, draw)

@@ -79,7 +79,7 @@ def read_pages(
     except _Crash as crash:
         raise DataError(
             f"{name}: PDF makes the PDF library crash ({crash}), or needs more than "
-            f"{settings.memory_bytes} bytes of memory"
+            f"{settings.memory_bytes} bytes of memory (PDF setting memory_bytes)"
         ) from crash
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
@@ -201,7 +201,7 @@ class _Pool:
             except TimeoutError as error:
                 raise DataError(
                     f"PDF took longer than {settings.seconds:g} s to open or for one page; raise "
-                    "seconds if it is sound"
+                    "the PDF setting seconds if it is sound"
                 ) from error
         if "error" in answers[-1].header:
             raise DataError(str(answers[-1].header["error"]))

@@ -42,9 +42,9 @@ class PdfSettings:
     covered_share: float = 0.3
     """Masked: share of a page's text blocks that are covered; at least one, never all."""
     min_page_chars: int = 150
-    """Masked: characters of text below which a page is left out."""
+    """Masked: characters of text, spaces not counted, below which a page is left out."""
     min_block_chars: int = 16
-    """Masked: characters of text below which a block is never covered."""
+    """Masked: likewise of a block, below which it is never covered."""
     min_text_pixels: float = 8.0
     """Masked: font size in rendered pixels below which a block is never covered: it could not be
     read if it were seen."""
