@@ -45,6 +45,9 @@ class VisionParallelConfig(Section):
     """How the pictures of a step are shared out: every rank encodes, whatever its part of the
     decoder."""
 
+    placement: Literal["all_ranks", "first_stage"] = "all_ranks"
+    """Who encodes: every rank; or, to compare with, the embedding stage of each replica its own
+    pictures, as in trainers that make the encoder a part of the first pipeline stage."""
     balance: Literal["greedy", "karmarkar_karp", "round_robin"] = "greedy"
     """Dearest pictures first, each to the least loaded rank; largest differencing, closer to even
     and slow for hundreds of ranks; or in turn, whatever they cost. Seed1.5-VL: greedy."""
