@@ -257,10 +257,12 @@ def _build(args: argparse.Namespace) -> int:
         show_progress=True,
         inputs=[path for path in (args.tokenizer, args.chat_template) if path],
     )
+    pairs = f" ({summary.samples // 2:,} pairs)" if summary.kind == "preference" else ""
+    # A picture's placeholder is a token of the text as it is stored, and none of what it says.
+    text_tokens = summary.text_tokens - summary.pictures
     _tell(
-        f"{args.out}: {summary.samples:,} samples, {summary.pictures:,} pictures, "
-        f"{summary.text_tokens:,} text tokens ({summary.loss_tokens:,} targets), "
-        f"{summary.shards:,} shards"
+        f"{args.out}: {summary.samples:,} samples{pairs}, {summary.pictures:,} pictures, "
+        f"{text_tokens:,} text tokens ({summary.loss_tokens:,} targets), {summary.shards:,} shards"
     )
     if summary.rejected:
         _tell(f"{summary.rejected:,} samples rejected; see {summary.folder / REJECTED_FILE}")

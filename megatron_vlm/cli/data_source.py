@@ -27,6 +27,8 @@ class Opened:
     is_recipe: bool
     """Whether the run's length and batch mean something."""
     data: OpenData
+    held_out: dict[str, OpenData]
+    """Of a recipe: the sets of `data.validation`, by name."""
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -66,19 +68,21 @@ def open_source(args: argparse.Namespace, refuse_long: bool) -> Opened:
     Raises:
         UserError: bad input.
     """
-    from megatron_vlm.training.datasets import open_training_data
+    from megatron_vlm.training.datasets import open_held_out_data, open_training_data
 
     config, is_recipe = _configuration(args)
     opened = config
     if not refuse_long and config.data.long_samples == "refuse":
-        data = config.data.model_copy(update={"long_samples": "skip"})
-        opened = config.model_copy(update={"data": data})
-    return Opened(args.source, config, is_recipe, open_training_data(opened))
+        skipping = config.data.model_copy(update={"long_samples": "skip"})
+        opened = config.model_copy(update={"data": skipping})
+    data = open_training_data(opened)
+    return Opened(args.source, config, is_recipe, data, open_held_out_data(opened, data))
 
 
 def _configuration(args: argparse.Namespace) -> tuple[RunConfig, bool]:
     from megatron_vlm.config.load import load_recipe, load_values
     from megatron_vlm.data.format import DATASET_FILE
+    from megatron_vlm.data.sources.records import RECORD_EXTENSIONS
     from megatron_vlm.errors import DataError
 
     shortcuts = {
@@ -98,6 +102,11 @@ def _configuration(args: argparse.Namespace) -> tuple[RunConfig, bool]:
         raise DataError(
             f"{folder}: holds no {DATASET_FILE}; expected a recipe, or a folder written by `mvlm "
             "data build`"
+        )
+    if folder.suffix in RECORD_EXTENSIONS or (not folder.exists() and len(folder.parts) > 1):
+        what = "is no recipe" if folder.exists() else "does not exist"
+        raise DataError(
+            f"{folder}: {what}; expected a recipe, or a folder written by `mvlm data build`"
         )
     return load_recipe(args.source, overrides), True
 

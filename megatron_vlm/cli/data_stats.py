@@ -55,6 +55,7 @@ class _Report:
     rejected: Sequence[int]
     epoch_tokens: Sequence[int]
     rows: RowStats
+    held_out: Sequence[SourceStats]
 
     @property
     def run_rows(self) -> int | None:
@@ -83,6 +84,7 @@ def _run(args: argparse.Namespace) -> int:
         [rejected(source.samples.index) for source in stream.sources],
         [source.samples.tokens for source in stream.sources],
         row_stats(stream, args.rows or min(run_rows, _MOST_ROWS)),
+        [source_stats(data.stream.sources[0]) for data in opened.held_out.values()],
     )
     if args.json:
         print(json.dumps(_as_json(report), indent=2))
@@ -104,6 +106,22 @@ def _as_json(report: _Report) -> dict[str, Any]:
         "pad_multiple": config.data.pad_multiple,
         "long_samples": config.data.long_samples,
         "sources": [_source_json(report, number) for number in range(len(report.sources))],
+        "held_out": {
+            s.name: {
+                name: getattr(s, name)
+                for name in (
+                    "samples",
+                    "tokens",
+                    "text_tokens",
+                    "picture_tokens",
+                    "targets",
+                    "longest",
+                    "too_long",
+                    "left_out",
+                )
+            }
+            for s in report.held_out
+        },
         "planned": {
             "rows": rows.rows,
             "rows_of_run": report.run_rows,
@@ -154,6 +172,19 @@ def _print(report: _Report) -> None:
          _n(s.targets), _n(s.longest))
         for s in report.sources
     ])  # fmt: skip
+    if report.held_out:
+        _table(console, "held out", ("set", "samples", "tokens", "of text", "of pictures",
+               "targets", "longest", "longer than a row"), [
+            (s.name, _n(s.samples), _n(s.tokens), _n(s.text_tokens), _n(s.picture_tokens),
+             _n(s.targets), _n(s.longest), _n(s.too_long))
+            for s in report.held_out
+        ])  # fmt: skip
+    for source in report.sources:
+        if source.kind == "preference":
+            _say(
+                console,
+                f"{source.name}: the chosen answer of each pair; rejected ones do not count",
+            )
     if any(source.pictures for source in report.sources):
         columns = ("source", "pictures", "frames of", "videos", "tokens of each: mean", "most")
         _table(console, "its pictures", columns, [_pictures(source) for source in report.sources])
@@ -163,7 +194,7 @@ def _print(report: _Report) -> None:
         (s.name, _n(bad), _n(s.too_long), _n(s.left_out))
         for s, bad in zip(report.sources, report.rejected, strict=True)
     ])  # fmt: skip
-    if long_samples == "refuse" and any(source.too_long for source in report.sources):
+    if long_samples == "refuse" and any(s.too_long for s in (*report.sources, *report.held_out)):
         _say(console, "data.long_samples=refuse: a run would stop at those that are too long")
     every = max(source.sizes.every for source in report.sources)
     if every > 1:

@@ -12,7 +12,8 @@ from megatron_vlm.release.dtypes import CHOICES
 HELP = """Turn a checkpoint into a folder that transformers loads.
 
 Takes a checkpoint of any layout. Language models become Dots1, DeepSeek-V3 or Qwen2; with dots'
-encoder, megatron_vlm, dots.vlm1 or dots.ocr. The folder appears when all of it is written.
+encoder, megatron_vlm, dots.vlm1 or dots.ocr. The folder appears when all of it is written. Experts'
+biases are counted among its parameters; `mvlm plan` leaves them out.
 
 example:
   mvlm export runs/demo exported/demo

@@ -26,7 +26,7 @@ from megatron_vlm.errors import TaskFailed, UserError
 COMMANDS = {
     "demo": "train and check a tiny model on this machine, from real pictures, in minutes",
     "doctor": "show what this machine has and whether training can run on it",
-    "data": "build data sets from conversations with pictures",
+    "data": "build data sets of pictures, videos, documents and text, and look at them",
     "config": "print the resolved configuration of a recipe",
     "plan": "predict the memory of a recipe on a number of devices, without a GPU",
     "train": "train: the process that torchrun, srun or mpirun starts for each device",

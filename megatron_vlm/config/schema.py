@@ -45,6 +45,9 @@ class VisionParallelConfig(Section):
     """How the pictures of a step are shared out: every rank encodes, whatever its part of the
     decoder."""
 
+    placement: Literal["all_ranks", "first_stage"] = "all_ranks"
+    """Who encodes: every rank; or, to compare with, the embedding stage of each replica its own
+    pictures, as in trainers that make the encoder a part of the first pipeline stage."""
     balance: Literal["greedy", "karmarkar_karp", "round_robin"] = "greedy"
     """Dearest pictures first, each to the least loaded rank; largest differencing, closer to even
     and slow for hundreds of ranks; or in turn, whatever they cost. Seed1.5-VL: greedy."""
@@ -123,6 +126,12 @@ class OptimizerConfig(Section):
     """Peak learning rate. dots.llm1: 3e-4."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the decay. dots.llm1: 1e-5 after both anneals."""
+    vision_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the encoder's trunk, which follows the same schedule in proportion; the
+    adapter learns as the decoder does. null: lr. Our choice."""
+    vision_layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer of the trunk learns this much slower than the one above it, the patch embedding
+    slowest. 1: all alike. BEiT: 0.65 to 0.9 in fine-tuning."""
     lr_warmup_iters: int = Field(0, ge=0)
     """Steps of linear warm-up from 0. dots.llm1: 4000."""
     lr_decay_style: Literal["constant", "cosine"] = "constant"

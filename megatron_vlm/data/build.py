@@ -21,7 +21,7 @@ from megatron_vlm.data.build_publish import complete_files, published_files, swi
 from megatron_vlm.data.build_state import BuildState, only_one, sign
 from megatron_vlm.data.chat import ThinkingSettings
 from megatron_vlm.data.chat_template import ChatTemplate
-from megatron_vlm.data.draft import Source
+from megatron_vlm.data.draft import SampleKind, Source
 from megatron_vlm.data.encode import (
     EncodeSettings,
     encode_entry,
@@ -59,10 +59,12 @@ class BuildSummary:
 
     folder: Path
     """Subfolder that holds every file but `dataset.json`."""
+    kind: SampleKind
     samples: int
     pictures: int
     """Pictures and frames of videos."""
     text_tokens: int
+    """One for each picture included."""
     loss_tokens: int
     shards: int
     rejected: int
@@ -289,6 +291,7 @@ def _summary(out: Path, record: Mapping[str, Any]) -> BuildSummary:
         first = tuple(json.loads(line) for line in islice(file, _SHOWN_REJECTIONS))
     return BuildSummary(
         folder=folder,
+        kind=record["kind"],
         samples=record["samples"],
         pictures=record["pictures"],
         text_tokens=record["text_tokens"],

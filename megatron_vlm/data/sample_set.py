@@ -221,8 +221,8 @@ class SampleSet:
         if not tokens:
             raise DataError(
                 f"{self.index.path}: every sample is longer than training.seq_length "
-                f"{self.seq_length}; the shortest has {lengths.min()} tokens: raise it, or set "
-                "data.long_samples to split"
+                f"{self.seq_length}; the shortest has {lengths.min()} tokens: raise it, in "
+                "`mvlm data` --seq-length, or set data.long_samples to split"
             )
         return skipped, tokens
 

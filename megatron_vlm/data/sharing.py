@@ -34,6 +34,8 @@ class Sharing:
     """Most ranks that share one picture."""
     unit: int = 4
     """Patches that stay together: those of a merge block."""
+    encodes: tuple[bool, ...] | None = None
+    """[ranks] whether each encodes at all, some of every group; null: all do."""
 
     @property
     def num_replicas(self) -> int:
@@ -48,10 +50,11 @@ class Sharing:
     def shares(self, table: PictureTable) -> Shares:
         """Who encodes what."""
         replicas = np.asarray(self.replica_of_rank)
+        encodes = np.ones(self.world_size, bool) if self.encodes is None else self.encodes
         size = self.num_replicas // self.groups
         found = []
         for group in range(self.groups):
-            ranks = np.flatnonzero(replicas // size == group)
+            ranks = np.flatnonzero((replicas // size == group) & encodes)
             mine = np.flatnonzero(table.replica // size == group)
             found.append(self._of_group(table, mine, ranks, group * size))
         picture, rank, first, patches = (

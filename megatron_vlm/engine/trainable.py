@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vlm.config.schema import RunConfig
@@ -107,7 +114,14 @@ def make_trainable(model: VisionLanguageModel, config: RunConfig) -> Trainable:
         )
         parts += _parts(
             get_megatron_optimizer(
-                settings, [encoder], use_gloo_process_groups=False, pg_collection=groups
+                settings,
+                [encoder],
+                config_overrides={
+                    **get_standard_config_overrides(settings),
+                    **_encoder_rates(config),
+                },
+                use_gloo_process_groups=False,
+                pg_collection=groups,
             )
         )
     if not parts:
@@ -158,6 +172,26 @@ def _optimizer_config(config: RunConfig) -> OptimizerConfig:
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=settings.overlap_param_gather,
     )
+
+
+def _encoder_rates(config: RunConfig) -> dict[ParamKey, Any]:
+    """How much faster or slower than the rest the encoder's trunk learns, by depth.
+
+    The patch embedding counts as one layer below the blocks, the last norm as one above (BEiT).
+    """
+    vision, settings = config.model.vision, config.optimizer
+    if vision is None:
+        return {}
+    base = 1.0 if settings.vision_lr is None else settings.vision_lr / settings.lr
+    above = vision.num_layers + 1
+    names = ["*trunk.patch_embed.*", *(f"*trunk.blocks.{i}.*" for i in range(vision.num_layers)),
+             "*trunk.post_trunk_norm.*"]  # fmt: skip
+    rates = [base * settings.vision_layer_decay ** (above - depth) for depth in range(above + 1)]
+    return {
+        ParamKey(name=name): {"lr_mult": rate}
+        for name, rate in zip(names, rates, strict=True)
+        if rate != 1.0
+    }
 
 
 def _encoder_engine(model: VisionLanguageModel) -> TransformerConfig:

@@ -1,24 +1,24 @@
 """A step replayed on virtual ranks: which rank does what when, from the cost of each part.
 
-    every rank:      encode 0, encode 1, forward ... encode 2 ... encoder backward 0, encode 3 ...
-    embedding stage: features of 0 -> forward 0, 1, ... last backward of window 0 -> gradients of 0
+    every rank:      encode 0, 1, ... -> forward and backward passes -> encoder backward 0, 1, ...
+    embedding stage: features of w -> forward of w ...  last backward of w -> gradients of w
 
 Every rank works through a list of its own, in the engine's order of passes (`schedule.passes`); a
 task begins once the rank is free and what it needs from others has come. The lists of all replicas
 are alike and nothing is decided on the way, so a task is replayed once for all replicas and all
 tensor and context ranks of a pipeline rank: as arrays of seconds [replicas, inner ranks].
 
-With `all_ranks`, window 0 is encoded first and window w + 1 just before a rank's own forward pass
-of the first micro-batch of window w; features leave at once, and only the embedding stage waits
-for them. The gradients of a window leave after the embedding stage's last backward pass of it;
-each rank takes them in and runs the encoder's backward pass `encoder_backward_lag` windows later,
-before it encodes ahead, or at the end of the step.
+With `all_ranks`, every rank encodes all windows before its passes, as the engine does. The features
+of window 0 leave once it is encoded, those of window 1 before the passes, those of window w + 1
+when the rank comes to its own forward pass of the first micro-batch of window w; only the embedding
+stage waits for them. The gradients of a window leave after the embedding stage's last backward pass
+of it; each rank takes them in, and runs the encoder's backward passes, after its own passes.
 
 What is simplified, all of it to the good of the step: a transfer keeps neither end from other work,
-as with the engine's overlapped sends, while its plain 1F1B waits for the receiver; a rank encodes
-ahead before the pass's input has come; ranks that share a picture do not wait for each other within
-it. To its harm, passes that the engine runs at once to hide the experts' all-to-all stand one after
-the other.
+as with the engine's overlapped sends, while its plain 1F1B waits for the receiver; features leave
+before the pass's input has come; ranks that share a picture do not wait for each other within it.
+To its harm, passes that the engine runs at once to hide the experts' all-to-all stand one after the
+other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vlm.errors import PlanError
 from megatron_vlm.planning.schedule import passes
 from megatron_vlm.planning.step_work import StepWork
 from megatron_vlm.planning.timeline import KINDS, Kind, Timeline
@@ -56,7 +55,7 @@ def replay(layout: Layout, work: StepWork) -> Timeline:
     """One step of `layout` in virtual time.
 
     Raises:
-        PlanError: costs that do not fit the layout, or tasks that wait for each other for ever.
+        PlanError: costs that do not fit the layout.
     """
     work.check(layout)
     machine = _Machine(layout, work)
@@ -70,13 +69,8 @@ def replay(layout: Layout, work: StepWork) -> Timeline:
                 machine.run(pp, tasks[places[pp]])
                 places[pp] += 1
                 moved = True
-    stuck = {
-        pp: tasks[place]
-        for pp, (tasks, place) in enumerate(zip(lists, places, strict=True))
-        if place < len(tasks)
-    }
-    if stuck:
-        raise _deadlock(machine, stuck)
+    # Features wait for forward passes of earlier windows alone, gradients for none.
+    assert all(place == len(tasks) for place, tasks in zip(places, lists, strict=True))
     machine.finish()
     return machine.timeline()
 
@@ -98,76 +92,33 @@ def tasks_of(layout: Layout, work: StepWork, pp: int) -> Iterator[Task]:
 
 
 def _with_windows(layout: Layout, work: StepWork, pp: int) -> Iterator[Task]:
-    size, count, lag = work.window_size, work.num_windows(layout), work.encoder_backward_lag
+    size, count = work.window_size, work.num_windows(layout)
     trains, embeds = work.encode_backward_seconds is not None, pp == layout.embedding_stage
     embed_chunk = _embedding_stage(layout) // layout.pp
     last_of = {min((w + 1) * size, layout.num_micro_batches) - 1: w for w in range(count)}
-
-    def encode(window: int) -> Iterator[Task]:
-        yield Task("encode", window=window)
-        yield Task("exchange", window=window)
-
-    def encode_backward(window: int) -> Iterator[Task]:
-        if not embeds:
-            yield Task("exchange_back", window=window)
-        yield Task("encode_backward", window=window)
-
-    yield from encode(0)
-    begun = 0
+    yield Task("encode", window=0)
+    yield Task("exchange", window=0)
+    yield from (Task("encode", window=window) for window in range(1, count))
+    left = 1
     for forward, chunk, micro_batch in passes(layout, pp):
-        if forward and micro_batch == begun * size:
-            # The first chunk's pass of it: the others of the window's first come later.
-            if trains and begun >= lag:
-                yield from encode_backward(begun - lag)
-            if begun + 1 < count:
-                yield from encode(begun + 1)
-            begun += 1
+        # The first chunk's pass of a window's first micro-batch: the other chunks' come later.
+        begun = micro_batch // size
+        if forward and micro_batch % size == 0 and begun + 2 > left < count:
+            yield Task("exchange", window=left)
+            left += 1
         yield Task("forward" if forward else "backward", micro_batch, chunk)
         done = not forward and chunk == embed_chunk and micro_batch in last_of
         if trains and embeds and done:
             yield Task("exchange_back", window=last_of[micro_batch])
     if trains:
-        for window in range(max(0, count - lag), count):
-            yield from encode_backward(window)
+        if not embeds:
+            yield from (Task("exchange_back", window=window) for window in range(count))
+        yield from (Task("encode_backward", window=window) for window in range(count))
 
 
 def _embedding_stage(layout: Layout) -> int:
     """The virtual stage that embeds tokens."""
     return next(i for i, stage in enumerate(layout.stages) if "E" in stage)
-
-
-def _deadlock(machine: _Machine, stuck: dict[int, Task]) -> PlanError:
-    """Who waits for whom, from one rank to the next until one comes again."""
-    told: dict[int, str] = {}
-    pp = next(iter(stuck))
-    while pp in stuck and pp not in told:
-        task = stuck[pp]
-        need = next(need for need in machine.needs(pp, task) if need not in machine.left)
-        told[pp] = f"pipeline rank {pp}, before {_words(task)}, waits for {_done_words(need)}"
-        kind, stage, _ = need
-        pp = stage % machine.layout.pp if kind in ("forward", "backward") else stage
-    cycle = list(told)
-    if pp in told:
-        cycle = cycle[cycle.index(pp) :]
-    return PlanError(
-        "the planned step never ends: "
-        + "; ".join(told[rank] for rank in cycle)
-        + f". window_size is {machine.work.window_size}, encoder_backward_lag "
-        f"{machine.work.encoder_backward_lag}: raise one of them"
-    )
-
-
-def _words(task: Task) -> str:
-    number = f"micro-batch {task.micro_batch}" if task.window < 0 else f"window {task.window}"
-    chunk = f", chunk {task.chunk}" if task.chunk > 0 else ""
-    return f"{task.kind} of {number}{chunk}"
-
-
-def _done_words(need: Done) -> str:
-    kind, stage, number = need
-    if kind in ("forward", "backward"):
-        return f"{kind} of micro-batch {number} on virtual stage {stage}"
-    return f"{kind} of window {number} on pipeline rank {stage}"
 
 
 class _Machine:

@@ -51,10 +51,7 @@ class StepWork:
     """Every rank encodes a share, or the embedding stage encodes its own replica's pictures as a
     part of its passes (the classic)."""
     window_size: int = 1
-    """Micro-batches whose pictures are encoded together."""
-    encoder_backward_lag: int = 2
-    """The encoder's backward pass of window w runs before the first micro-batch of window w + lag:
-    a lower one keeps fewer features, and the gradients have less time to come."""
+    """Micro-batches whose features travel together."""
     balance_group_size: int | None = None
     """Ranks that encode each other's pictures: whole neighbouring replicas; None: all ranks."""
     lockstep_replicas: int | None = None
@@ -122,9 +119,8 @@ class StepWork:
                 f"{layout.num_micro_batches} micro-batches on interleaved stages; expected a "
                 f"multiple of the pipeline size {layout.pp}"
             )
-        for name in ("window_size", "encoder_backward_lag"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.window_size < 1:
+            raise PlanError(f"window_size is {self.window_size}; expected 1 or more")
         if self.placement == "first_stage":
             self._check_first_stage(layout)
         replica, group = layout.world_size // layout.dp, self.balance_group_size

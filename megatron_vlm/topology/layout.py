@@ -194,6 +194,11 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
 
 def _check_groups(config: RunConfig, world_size: int, dp: int) -> None:
     size, replica = config.vision_parallel.balance_group_size, world_size // dp
+    if size is not None and config.vision_parallel.placement == "first_stage":
+        raise ConfigError(
+            f"vision_parallel.balance_group_size {size} has no meaning with vision_parallel."
+            "placement=first_stage, where each replica encodes its own pictures; leave one out"
+        )
     if size is not None and (world_size % size or size % replica):
         raise ConfigError(
             f"vision_parallel.balance_group_size {size}: expected a divisor of the {world_size} "

@@ -23,11 +23,14 @@ def share_out(config: RunConfig, layout: Layout, cost: EncoderCost) -> Sharing:
     """How pictures are shared out over the ranks of a layout."""
     settings, world = config.vision_parallel, layout.world_size
     vision = config.model.vision
+    places = [layout.coordinates(rank) for rank in range(world)]
+    first_stage = settings.placement == "first_stage"
     return Sharing(
-        replica_of_rank=tuple(layout.coordinates(rank).dp for rank in range(world)),
+        replica_of_rank=tuple(place.dp for place in places),
         cost=cost,
         method=settings.balance,
-        groups=world // (settings.balance_group_size or world),
+        groups=layout.dp if first_stage else world // (settings.balance_group_size or world),
+        encodes=tuple(p.pp == layout.embedding_stage for p in places) if first_stage else None,
         max_parts=settings.max_parts,
         unit=vision.spatial_merge_size**2 if vision is not None else 1,
     )

@@ -182,6 +182,18 @@ def _table(patches: list[int], replicas: list[int]) -> PictureTable:
     )
 
 
+def test_some_ranks_encode_and_others_do_not() -> None:
+    """Two replicas of four ranks, of which the first two each encode."""
+    table = _table([36, 16, 28, 12, 32, 20], [0, 0, 0, 1, 1, 1])
+    encodes = (True, True, False, False) * 2
+    sharing = Sharing((0,) * 4 + (1,) * 4, FLOPS, groups=2, max_parts=4, encodes=encodes)
+    shares = sharing.shares(table)
+    assert set(shares.rank.tolist()) == {0, 1, 4, 5}
+    own = table.replica[shares.picture]
+    assert (shares.rank // 4 == own).all()
+    assert np.bincount(shares.picture, shares.patches).tolist() == table.patches.tolist()
+
+
 def test_groups_keep_to_themselves() -> None:
     rng = np.random.default_rng(1)
     replicas = rng.integers(0, 4, 60).tolist()

@@ -27,10 +27,16 @@ CASES = {
     "mbs4": ("dp2", ["training.micro_batch_size=4", "training.global_batch_size=8"], 2),
     "recomputed": ("pp4", ["recompute.vision=full"], 4),
     "recomputed_in_part": ("tp2_pp2_ep2", ["recompute.vision=selective"], 4),
+    "first_stage": ("tp2_pp2_ep2", ["vision_parallel.placement=first_stage"], 2),
+    "first_stage_whole": (
+        "pp4",
+        ["vision_parallel.placement=first_stage", "vision_parallel.exchange_window=1"],
+        1,
+    ),
     "frozen": ("pp3_uneven", ["training.freeze=[vision]"], 3),
     "frozen_adapter_too": ("dp4", ["training.freeze=[vision,adapter]"], 4),
 }
-QUICK = {"two", "cp2_mbs2", "recomputed", "frozen", "mbs4"}
+QUICK = {"two", "first_stage_whole", "cp2_mbs2", "recomputed", "frozen", "mbs4"}
 
 
 @pytest.fixture(scope="module")

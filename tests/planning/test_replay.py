@@ -117,8 +117,6 @@ def _random_case(seed: int) -> tuple[Layout, StepWork]:
         exchange_back_seconds=0.2 * draw.random(windows) if moved and trained else None,
         placement="first_stage" if classic else "all_ranks",
         window_size=size,
-        # As late as it takes for the smallest windows.
-        encoder_backward_lag=windows[0],
         balance_group_size=ranks // dp * int(draw.choice([1, dp])),
         lockstep_replicas=int(draw.choice([1, dp])),
     )
@@ -395,40 +393,45 @@ def test_windows_by_hand() -> None:
         ("encode_backward", 0, 12.0),
         ("encode_backward", 1, 13.0),
     ]
-    # Its own passes end a second earlier, and the first window's gradients have long left.
+    # Its own passes end a second earlier, but the last gradients come with the other's last pass.
     second = {(e.kind, e.window): e.start for e in events if e.rank == 1}
-    assert second["encode_backward", 0] == 11.0
-    assert second["encode_backward", 1] == 12.0
+    assert second["encode_backward", 0] == 12.0
+    assert second["encode_backward", 1] == 13.0
 
 
 @pytest.mark.unit
-def test_later_windows_go_backward_before_the_next_is_encoded() -> None:
+def test_features_leave_a_window_ahead() -> None:
+    """All are encoded first; gradients come home after the last pass."""
     layout = _layout(pp=2, micro_batches=8)
     timeline = replay(layout, _work(layout, encode=1.0, encode_backward=1.0, window_size=2))
     for rank in range(2):
         order = [
             (event.kind, event.window if event.chunk < 0 else event.micro_batch)
             for event in timeline.events()
-            if event.rank == rank and event.kind in ("encode", "encode_backward", "forward")
+            if event.rank == rank and event.kind not in ("backward", "reduce", "optimizer")
         ]
-        assert order == [
+        begins = [
             ("encode", 0),
+            ("exchange", 0),
             ("encode", 1),
+            ("encode", 2),
+            ("encode", 3),
+            ("exchange", 1),
             ("forward", 0),
             ("forward", 1),
-            ("encode", 2),
+            ("exchange", 2),
             ("forward", 2),
             ("forward", 3),
-            ("encode_backward", 0),
-            ("encode", 3),
-            ("forward", 4),
-            ("forward", 5),
-            ("encode_backward", 1),
-            ("forward", 6),
-            ("forward", 7),
-            ("encode_backward", 2),
-            ("encode_backward", 3),
+            ("exchange", 3),
         ]
+        forwards = [("forward", number) for number in range(4, 8)]
+        homewards = [("encode_backward", window) for window in range(4)]
+        back = [("exchange_back", window) for window in range(4)]
+        assert [entry for entry in order if entry not in back] == begins + forwards + homewards
+        # The embedding stage sends each window's once it has them, the other takes them in at last.
+        places = [order.index(entry) for entry in back]
+        assert places == sorted(places)
+        assert (places[0] > order.index(("forward", 7))) == (rank == 1)
 
 
 @pytest.mark.unit
@@ -482,21 +485,6 @@ def test_experts_over_replicas_couple_their_micro_batches() -> None:
 
 
 @pytest.mark.unit
-def test_a_cyclic_wait_is_told() -> None:
-    """The first stage would need the gradients of a pass that it runs only later."""
-    layout = _layout(pp=4, micro_batches=8)
-    with pytest.raises(PlanError) as caught:
-        replay(layout, _work(layout, encode=1.0, encode_backward=1.0))
-    assert str(caught.value) == (
-        "the planned step never ends: pipeline rank 0, before encode_backward of window 0, waits "
-        "for exchange_back of window 0 on pipeline rank 0. window_size is 1, encoder_backward_lag "
-        "2: raise one of them"
-    )
-    for mended in ({"window_size": 3}, {"encoder_backward_lag": 4}):
-        replay(layout, _work(layout, encode=1.0, encode_backward=1.0, **mended))
-
-
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -506,7 +494,6 @@ def test_a_cyclic_wait_is_told() -> None:
         ({"optimizer_seconds": np.array([0, np.nan, 0, 0])}, r"optimizer_seconds\[1\] is nan"),
         ({"encode_seconds": None}, "encode_backward_seconds without encode_seconds"),
         ({"window_size": 0}, "window_size is 0; expected 1 or more"),
-        ({"encoder_backward_lag": 0}, "encoder_backward_lag is 0"),
         ({"placement": "first_stage"}, "window_size is 2 with placement first_stage"),
         ({"balance_group_size": 3}, "balance_group_size is 3; expected a divisor of the 4"),
         ({"lockstep_replicas": 3}, "lockstep_replicas is 3; expected a divisor of the 2"),

@@ -300,6 +300,12 @@ REFUSALS = {
         ["balance_group_size 3", "8 ranks", "2 of a data-parallel replica", "null takes all"],
         ["group=4", "group=null"],
     ),
+    "balance_group_of_first_stages": Refusal(
+        8,
+        "pp=2 group=4 placement=first_stage",
+        ["balance_group_size 4", "placement=first_stage"],
+        ["group=null", "placement=all_ranks"],
+    ),
     "warmup": Refusal(1, "warmup=11", ["lr_warmup_iters 11", "train_iters 10"], ["warmup=10"]),
 }
 

@@ -33,6 +33,7 @@ SHORT = {
     "gather": "optimizer.overlap_param_gather",
     "reduce": "optimizer.overlap_grad_reduce",
     "warmup": "optimizer.lr_warmup_iters",
+    "placement": "vision_parallel.placement",
     "group": "vision_parallel.balance_group_size",
     "recompute": "recompute.language",
     "modules": "recompute.language_modules",

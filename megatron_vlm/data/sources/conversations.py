@@ -6,6 +6,7 @@ A turn is `{"from", "value"}` or `{"role", "content"}`; a content is a text with
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections import defaultdict, deque
@@ -38,6 +39,8 @@ _KINDS: dict[str, MediumKind] = {
     **{"image": "image", "image_url": "image", "input_image": "image"},
     **{"video": "video", "video_url": "video", "input_video": "video"},
 }
+_SHOWN = ("image", "images", "video", "videos", "objects")
+"""Fields of an entry that say what a sample shows."""
 _EACH_KIND: tuple[MediumKind, ...] = ("image", "video")
 _SHAPES = ("conversations", "messages", "sessions")
 
@@ -101,6 +104,7 @@ class Content:
 
     def add_listed(self, entry: dict[str, Any]) -> None:
         """Take in the fields `image`, `images`, `video`, `videos` and `fps`."""
+        _check_spelling(entry)
         for kind in _EACH_KIND:
             self.listed[kind] += listed_media(entry, kind)
         for name in ("fps", "video_fps"):
@@ -239,6 +243,19 @@ def listed_media(entry: dict[str, Any], kind: MediumKind) -> list[Any]:
     if not all(isinstance(name, str | dict) and name for name in names):
         raise DataError(f"{given[0]}: expected a path or a list of paths")
     return names
+
+
+def _check_spelling(entry: dict[str, Any]) -> None:
+    """Raises DataError for a field that is all but one of `_SHOWN`: what it lists would be lost.
+
+    Other fields that nothing reads, such as identifiers, are kept beside the sample.
+    """
+    for name in entry:
+        if name in _SHOWN:
+            continue
+        near = difflib.get_close_matches(name.casefold(), _SHOWN, n=1, cutoff=0.86)
+        if near:
+            raise DataError(f"{name}: no such field; did you mean {near[0]}?")
 
 
 def objects_of(entry: dict[str, Any]) -> list[Any] | None:

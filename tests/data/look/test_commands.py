@@ -67,6 +67,29 @@ def test_stats_of_a_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert source["epochs_of_run"] == pytest.approx(200 / source["rows_per_epoch"])
 
 
+def test_stats_of_what_is_held_out(
+    recipe: Path, text_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = text_data / "held_out"
+    found = json.loads(run(capsys, str(recipe), "--json", f"data.validation.words={held}"))
+    alone = json.loads(run(capsys, str(held), "--json"))["sources"][0]
+    told = found["held_out"]["words"]
+    assert told["samples"] == alone["samples"] > 0
+    assert {name: alone[name] for name in told} == told
+    out = run(capsys, str(recipe), f"data.validation.words={held}")
+    assert "held out" in out and "words" in out
+    assert main(["data", "stats", str(recipe), f"data.validation.words={tmp_path}/none"]) == 2
+    assert capsys.readouterr().err.startswith("mvlm: error: data.validation.words: ")
+
+
+def test_stats_of_what_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = write_conversations(tmp_path / "source", CONVERSATIONS[:1])
+    for source, said in ((entries, "is no recipe"), (tmp_path / "none", "does not exist")):
+        assert main(["data", "stats", str(source)]) == 2
+        told = capsys.readouterr().err
+        assert said in told and "mvlm data build" in told
+
+
 def test_show_tells_the_chat_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_conversations(tmp_path / "source", CONVERSATIONS[:1])
     odd = TemplateText(LLAMA + "{# <b>\u202e</b> #}", NAMED["llama"])

@@ -74,7 +74,14 @@ def test_llava_with_marks_and_without(folder: Path) -> None:
     assert media_of(draft) == [b"picture 1"]
     assert json.loads(draft.entry) == marked
 
-    unmarked = read_one(folder, llava("q", "c", image="sub/2.png"))
+    beside: dict[str, Any] = {
+        "image_id": 3,
+        "imageId": 4,
+        "image_ids": [4],
+        "video_id": "x",
+        "source": "s",
+    }
+    unmarked = read_one(folder, llava("q", "c", image="sub/2.png", **beside))
     assert parts_of(unmarked) == [*asked(Picture(0), "\nq"), *said("c"), EOS]
     assert media_of(unmarked) == [b"picture 2"]
 
@@ -250,6 +257,9 @@ def test_learned_end_follows_learned_text(folder: Path) -> None:
         (llava("<image><image>", "a", image="sub/0.png"), "2 <image> marks but 1 pictures"),
         (llava("q", " \n"), "conversations[1].value: an empty answer"),
         (messages(("user", "q"), ("assistant", [])), "messages[1].content: an empty answer"),
+        (llava("q", "a", imagez=["sub/0.png"]), "imagez: no such field; did you mean image?"),
+        (llava("q", "a", Video="v.mp4"), "Video: no such field; did you mean video?"),
+        (llava("<box:0>", "a", object=[]), "object: no such field; did you mean objects?"),
         ({"sessions": [[]]}, "sessions[0]: expected a list"),
         ({"sessions": [{"messages": [3]}]}, "sessions[0].messages[0]: is int"),
     ],
