@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
 
@@ -33,6 +34,7 @@ def test_bytes_and_offsets(count: int) -> None:
     writer.finish()
     assert written.getvalue() == expected.getvalue()
     assert writer.offset == len(expected.getvalue())
+    assert writer.sha256 == hashlib.sha256(expected.getvalue()).hexdigest()
 
 
 def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
