@@ -12,7 +12,7 @@ no assignment of whole pictures could be even.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 Method = Literal["greedy", "karmarkar_karp", "round_robin"]
 
-_PART_SHARE = 0.5
+_PART_SHARE = 1 / 3
 """Parts of a picture that is cut are at most so much of a rank's mean load. Our choice."""
-_EVEN_ENOUGH = 1.02
-"""Whole pictures are not cut where the dearest rank has at most so much of the mean."""
+EVEN_ENOUGH = 1.02
+"""Pictures stay whole where the dearest rank has at most so much of the mean."""
 _COSTS_NOTHING = 1.004
 """Pictures stay with their replicas as long as no rank has more than so much of the lower bound.
 Our choice."""
@@ -73,8 +73,12 @@ class Parts:
 
 def cut_pictures(
     patches: NDArray[np.int64], cost: EncoderCost, ranks: int, max_parts: int, unit: int
-) -> NDArray[np.int64]:
-    """Into how many parts each picture is to be cut: 1 where it stays whole.
+) -> Iterator[NDArray[np.int64]]:
+    """Into how many parts each picture may be cut, in the order in which to try.
+
+    Pictures dearer than half of a rank's mean load cannot share a rank. So those dearer than the
+    mean are cut, and as many more, the dearest first, as there are too many for the ranks; then
+    all of them.
 
     Args:
         patches: [pictures] of each.
@@ -83,23 +87,24 @@ def cut_pictures(
         max_parts: most parts of one picture.
         unit: patches that cannot be parted (a merge block).
 
-    Returns:
-        int64 [pictures]; nothing is cut where no picture is dearer than a rank's mean load.
+    Yields:
+        int64 [pictures], 1 where one stays whole; nothing where there is nothing to cut.
     """
-    counts = np.ones(len(patches), np.int64)
     most = min(max_parts, ranks)
     if most < 2 or not len(patches):
-        return counts
+        return
     costs = cost.whole(patches)
     mean = costs.sum() / ranks
-    dear = costs > mean * _EVEN_ENOUGH
-    if not dear.any():
-        return counts
-    # Once one has to be cut, those that are nearly as dear would be the next to stand out.
-    dear = costs > mean * _PART_SHARE
     wanted = np.ceil(costs / (mean * _PART_SHARE)).astype(np.int64)
-    counts[dear] = np.minimum(np.minimum(wanted, most), patches // unit)[dear]
-    return np.maximum(counts, 1)
+    parts = np.maximum(np.minimum(np.minimum(wanted, most), patches // unit), 1)
+    dearest = np.argsort(-costs, kind="stable")
+    large = int((costs > mean / 2).sum())
+    few = min(int((costs > mean).sum()) + max(0, large - ranks), large)
+    for number in dict.fromkeys((few, large)):
+        counts = np.ones(len(patches), np.int64)
+        counts[dearest[:number]] = parts[dearest[:number]]
+        if counts.max() > 1:
+            yield counts
 
 
 def make_parts(

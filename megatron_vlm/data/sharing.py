@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vlm.data.balance import (
+    EVEN_ENOUGH,
     EncoderCost,
     Method,
     balance,
     cut_pictures,
     loads_of,
-    lower_bound,
     make_parts,
 )
 from megatron_vlm.data.picture_table import PictureTable, Shares
@@ -89,14 +89,15 @@ class Sharing:
             most = loads_of(costs, assigned, len(ranks)).max()
             return float(most), (mine[picture], ranks[assigned], first, held)
 
-        whole = np.ones_like(patches)
-        counts = whole
-        if self.method != "round_robin":
-            counts = cut_pictures(patches, self.cost, len(ranks), self.max_parts, self.unit)
-        most, found = assign(counts)
-        if counts.max(initial=1) > 1 and most > lower_bound(self.cost.whole(patches), len(ranks)):
-            # What is cut costs more in all: it may not have been worth it.
-            without, uncut = assign(whole)
-            if without <= most:
-                return uncut
+        most, found = assign(np.ones_like(patches))
+        mean = float(self.cost.whole(patches).sum()) / len(ranks)
+        if self.method == "round_robin" or most <= EVEN_ENOUGH * mean:
+            return found
+        for counts in cut_pictures(patches, self.cost, len(ranks), self.max_parts, self.unit):
+            # Parts cost more in all: they must be worth it.
+            after, cut = assign(counts)
+            if after < most:
+                most, found = after, cut
+            if most <= EVEN_ENOUGH * mean:
+                break
         return found

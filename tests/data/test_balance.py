@@ -80,19 +80,37 @@ def test_close_to_the_best_of_all_assignments(method: str) -> None:
         assert lower_bound(costs, 3) - 1e-9 <= best <= found <= best * (4 / 3 - 1 / 9)
 
 
-def test_cut_only_where_one_stands_out() -> None:
+def _cuts(patches: list[int], ranks: int, most: int) -> list[list[int]]:
     cost = EncoderCost(0.0, 1.0, 0.0)
-    even = np.full(8, 40)
-    assert cut_pictures(even, cost, 4, 4, 4).tolist() == [1] * 8
-    # Mean load 60 on 4 ranks: 160 exceeds it; parts are of at most half of it.
-    large = np.array([160, 40, 20, 20])
-    assert cut_pictures(large, cost, 4, 4, 4).tolist() == [4, 2, 1, 1]
-    assert cut_pictures(large, cost, 4, 2, 4).tolist() == [2, 2, 1, 1]
-    assert cut_pictures(large, cost, 4, 1, 4).tolist() == [1] * 4
+    return [c.tolist() for c in cut_pictures(np.array(patches, np.int64), cost, ranks, most, 4)]
+
+
+def test_what_is_cut_and_in_what_order() -> None:
+    # Mean load 80 on 4 ranks: none is dearer than the half of it.
+    assert _cuts([40] * 8, 4, 4) == []
+    # Mean load 60: 160 exceeds it, 40 the half; parts are of at most a third.
+    assert _cuts([160, 40, 20, 20], 4, 4) == [[4, 1, 1, 1], [4, 2, 1, 1]]
+    assert _cuts([160, 40, 20, 20], 4, 2) == [[2, 1, 1, 1], [2, 2, 1, 1]]
+    assert _cuts([160, 40, 20, 20], 4, 1) == []
+    # Three ranks cannot hold four of about two thirds of the mean: one of them is cut.
+    assert _cuts([44, 40, 40, 40, 4, 4, 4, 4], 3, 4)[0] == [3, 1, 1, 1, 1, 1, 1, 1]
     # No more parts than merge blocks, or than ranks.
-    assert cut_pictures(np.array([8]), cost, 4, 4, 4).tolist() == [2]
-    assert cut_pictures(np.array([800]), cost, 3, 64, 4).tolist() == [3]
-    assert cut_pictures(np.zeros(0, np.int64), cost, 4, 4, 4).tolist() == []
+    assert _cuts([8], 4, 4) == [[2]]
+    assert _cuts([800], 3, 64) == [[3]]
+    assert _cuts([], 4, 4) == []
+
+
+def test_as_many_as_there_are_too_many_are_cut() -> None:
+    """Pages of about two thirds of a rank's mean load, a few more than there are ranks."""
+    rng = np.random.default_rng(0)
+    patches = rng.permutation(np.repeat([30_000, 31_000, 2_000, 8_000], [130, 140, 3_000, 300]))
+    table = _table(patches.tolist(), rng.integers(0, 32, len(patches)).tolist())
+    homes = tuple(np.tile(np.arange(32), 8).tolist())
+    mean = float(FLOPS.whole(patches).sum()) / 256
+    assert 0.5 * mean < FLOPS.whole(np.array([30_000]))[0] < 0.75 * mean
+    loads = {most: Sharing(homes, FLOPS, max_parts=most) for most in (1, 8)}
+    found = {most: s.loads(table, s.shares(table)).max() / mean for most, s in loads.items()}
+    assert found[1] > 1.2 and found[8] < 1.02
 
 
 def test_parts_are_whole_blocks_and_all_of_the_picture() -> None:
@@ -119,7 +137,7 @@ def test_parts_of_a_picture_are_on_ranks_of_their_own(
     for count in (1, 3, 40):
         patches = _photographs(rng, count)
         patches[0] = 40_000
-        counts = cut_pictures(patches, FLOPS, ranks, 8, 4)
+        *_, counts = cut_pictures(patches, FLOPS, ranks, 8, 4)
         assert counts.max() > 1
         picture, _, held = make_parts(patches, counts, 4)
         costs = FLOPS.part(held, patches[picture])
@@ -139,7 +157,7 @@ def test_parts_of_a_picture_are_on_ranks_of_their_own(
 def test_near_the_lower_bound(method: str, ranks: int, replicas: int, bound: float) -> None:
     rng = np.random.default_rng(7)
     patches = _photographs(rng, 16 * ranks)
-    counts = cut_pictures(patches, FLOPS, ranks, 8, 4)
+    counts = next(cut_pictures(patches, FLOPS, ranks, 8, 4), np.ones_like(patches))
     picture, _, held = make_parts(patches, counts, 4)
     costs = FLOPS.part(held, patches[picture])
     home = rng.integers(0, replicas, len(patches))
