@@ -163,6 +163,12 @@ def photographs(folders: list[Path]) -> list[Path]:
         spec = find_spec(package)
         if spec is not None and spec.origin is not None:
             found += [Path(spec.origin).parent / name for name in names]
+    return found + jpeg_files(folders)
+
+
+def jpeg_files(folders: list[Path]) -> list[Path]:
+    """All JPEG files of the folders."""
+    found = []
     for folder in folders:
         given = sorted(
             path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")

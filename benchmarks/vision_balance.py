@@ -2,20 +2,20 @@
 
     python benchmarks/vision_balance.py --json result.json
 
-Planned and replayed, since processes on a few cores cannot show it. Pictures have the sizes of real
-photographs (JPEG files of installed packages and of `--photographs`) and of pages of paper at 72 to
-300 dots an inch, up to the 11.3 megapixels that the encoder takes. They fill `VISUAL` of the tokens
-of rows of 32,768.
+Balance, planned: the dearest rank over the mean of all (no bound is lower), for ours, for whole
+pictures dearest first, and in turn; and the time that the plan takes.
 
-Balance: the dearest rank over the lower bound (the larger of the mean load and the dearest part
-that cannot be cut), for ours, for whole pictures dearest first, and in turn; and the time that the
-plan takes.
+Replay, from costs that are measured in this run: seconds of a layer of either tower at the
+published widths, in float32 on all cores of this machine; a step of all layers is replayed with
+them. Stages share the decoder evenly. `ratio` is the step of the classic placement (each replica's
+pictures on its embedding stage, whole, dearest first over its ranks) over ours; messages cost
+nothing on either side. `mfu_of_text_only` counts the FLOPs of both towers.
 
-Replay: seconds of a layer of the encoder and of the decoder, at the published widths, are measured
-in this run in float32 on all cores of this machine, as the difference of three layers and one; a
-step of all layers is replayed with them. Stages share the decoder evenly. `ratio` is the step of
-the classic placement (each replica's pictures on its embedding stage, whole, dearest first over its
-ranks) over ours. Messages cost nothing on either side.
+Real processes (`vision_runs.py`): a step of 8 against its plan and its replay, the wall clock of
+both placements on 4, and the use of one process with pictures and without.
+
+Sizes are those of `PHOTOGRAPHS` or of JPEG files in `--photographs`, and of `PAGES`, resized as in
+training.
 """
 
 from __future__ import annotations
@@ -25,28 +25,58 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from record import parser_of, record, tell
 
+if TYPE_CHECKING:
+    from vision_costs import LayerCosts
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-RANKS = {8: (4, 2), 64: (8, 8), 1024: (8, 128)}
+RANKS = {8: (4, 2), 64: (8, 8), 256: (8, 32), 1024: (8, 128)}
 """Ranks: pipeline stages and replicas."""
+BALANCED, REPLAYED = (8, 256, 1024), (8, 64, 1024)
 ROW, MICRO_BATCHES = 32_768, 16
 VISUAL = 0.6
-PAGES = 0.3
-"""Share of pages among the pictures."""
-PICTURES_A_RANK = 16
-MEASURED_TOKENS, MEASURED_PATCHES = 512, 1024
-ROUNDS = 3
+"""Share of pictures' tokens in a row, at least."""
+PAGE_SHARE = 0.3
+"""Of the pictures, where photographs and pages are mixed. Our choice."""
+MIXTURES = {
+    # name: share of pages, pictures a rank
+    "photographs": (0.0, 16),
+    "pages": (1.0, 16),
+    "mixed": (PAGE_SHARE, 16),
+    "mixed_scarce": (PAGE_SHARE, 3),
+}
+PHOTOGRAPHS = {
+    # The web's: 640 on the longer side, as COCO's.
+    (480, 640): 20, (427, 640): 15, (640, 480): 10, (640, 427): 5,
+    # 1024 on the longer side, as photo sites show them.
+    (683, 1024): 10, (768, 1024): 8, (1024, 768): 5, (1024, 683): 2,
+    # Full HD and 3 megapixels.
+    (1080, 1920): 8, (1536, 2048): 5,
+    # Telephones' 12 megapixels, cameras' 24.
+    (3024, 4032): 4, (4032, 3024): 4, (4000, 6000): 4,
+}  # fmt: skip
+"""Height and width in pixels: how many of a hundred. Formats in common use, shares our choice."""
+PAGES = tuple(
+    (round(high * dots), round(wide * dots))
+    # A4 and letter, upright, and slides.
+    for high, wide in ((11.69, 8.27), (11.0, 8.5), (7.5, 13.33))
+    for dots in (72, 100, 150, 200, 300)
+)
+"""Pages at dots an inch, up to more than the encoder's 11.3 megapixels."""
+MEASURED = {"full": (512, 64, 3), "small": (64, 8, 1)}
+"""Tokens, patches a side, and rounds, of `measured_costs`."""
 
 
 def main() -> None:
-    """Plan, measure, replay, print and, with `--json`, write the result."""
+    """Plan, measure, replay, run, print and, with `--json`, write the result."""
     args = parse()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     result = measure(args)
@@ -59,36 +89,59 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="dots-vlm-142b", help="a shipped model with vision")
     parser.add_argument("--photographs", type=Path, nargs="*", default=[], metavar="FOLDER")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--size", choices=MEASURED, default="full", help="of what is measured")
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the result tells."""
+    # Forked before torch has threads.
+    from vision_runs import real_runs
+
+    runs = real_runs(args.size == "small")
+
+    import torch
+    from vision_costs import measured_costs
+
     from megatron_vlm.config.load import load_values
 
+    torch.set_num_threads(args.threads)
+    tokens, side, rounds = MEASURED[args.size]
     values = {
         "model": args.model,
         "training": {
             "train_iters": 1,
-            "seq_length": MEASURED_TOKENS,
+            "seq_length": tokens,
             "global_batch_size": 1,
             "precision": "fp32",
         },
         "data": {"train": "none"},
     }
     config = load_values(values, "benchmark")
-    sizes = picture_sizes(args.photographs)
-    costs = measured_costs(config, args.threads)
-    steps = {ranks: replayed(config, costs, sizes, ranks) for ranks in RANKS}
+    costs = measured_costs(config, tokens, side, rounds)
+    equal = flop_costs(config, tokens)
+    photographs = photograph_sizes(args.photographs)
+    steps = {ranks: replayed(config, costs, tokens, photographs, ranks) for ranks in REPLAYED}
+    at_equal_rates = {
+        ranks: replayed(config, equal, tokens, photographs, ranks) for ranks in REPLAYED
+    }
     return {
         "ratio": steps[1024]["ratio"],
         "ours": steps[1024]["ours"],
         "peer": steps[1024]["peer"],
         "unit": "seconds of a replayed step on 1,024 ranks",
+        "balance": {
+            name: {ranks: balanced(config, photographs, ranks, *mixture) for ranks in BALANCED}
+            for name, mixture in MIXTURES.items()
+        },
+        "measured": {"seconds_of_a_layer": asdict(costs), "tokens": tokens, "patches": side**2},
         "replayed": steps,
-        "balance": {ranks: balanced(config, sizes, ranks) for ranks in (8, 256, 1024)},
-        "measured": costs,
-        "data": f"sizes of {len(sizes['photographs'])} photographs and of pages; synthetic pixels",
+        "mfu_of_text_only": {
+            "every_flop_as_dear": {r: s["mfu_of_text_only"] for r, s in at_equal_rates.items()},
+            "as_measured": {r: s["mfu_of_text_only"] for r, s in steps.items()},
+        },
+        "real_processes": runs,
+        "data": "planned: sizes alone; real processes: " + runs["data"],
         "routing": "natural",
         "model": config.model.name,
         "visual_share": VISUAL,
@@ -96,49 +149,47 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def picture_sizes(folders: list[Path]) -> dict[str, np.ndarray]:
-    """`photographs` and `pages`: [n, 2] heights and widths in pixels."""
-    from data_images import photographs
+def photograph_sizes(folders: list[Path]) -> np.ndarray:
+    """[n, 2] heights and widths in pixels, each as often as it is to be drawn."""
+    if not folders:
+        return np.repeat(np.array(list(PHOTOGRAPHS)), list(PHOTOGRAPHS.values()), axis=0)
+    from data_images import jpeg_files
     from PIL import Image
 
     found = []
-    for path in photographs(folders):
+    for path in jpeg_files(folders):
         with Image.open(path) as picture:
             found.append((picture.height, picture.width))
-    # A4 and letter, upright, and slides, at each resolution.
-    inches = [(11.69, 8.27), (11.0, 8.5), (7.5, 13.33)]
-    pages = [
-        (round(high * dots), round(wide * dots))
-        for high, wide in inches
-        for dots in (72, 100, 150, 200, 300)
-    ]
-    return {"photographs": np.array(found), "pages": np.array(pages)}
+    return np.array(found)
 
 
-def drawn(config: Any, sizes: dict[str, np.ndarray], count: int, seed: int) -> np.ndarray:
+def drawn(
+    config: Any, photographs: np.ndarray, page_share: float, count: int, seed: int
+) -> np.ndarray:
     """[count, 2] patch grids of so many pictures."""
     from megatron_vlm.data.geometry import target_sizes
 
     rng = np.random.default_rng(seed)
-    vision = config.model.vision
-    pages = rng.random(count) < PAGES
+    vision, pages = config.model.vision, np.array(PAGES)
     heights, widths = np.where(
-        pages[:, None],
-        sizes["pages"][rng.integers(len(sizes["pages"]), size=count)],
-        sizes["photographs"][rng.integers(len(sizes["photographs"]), size=count)],
+        rng.random((count, 1)) < page_share,
+        pages[rng.integers(len(pages), size=count)],
+        photographs[rng.integers(len(photographs), size=count)],
     ).T
     high, wide = target_sizes(heights, widths, vision)
     return np.stack([high, wide], axis=1) // vision.patch_size
 
 
-def balanced(config: Any, sizes: dict[str, np.ndarray], ranks: int) -> dict[str, Any]:
-    """Dearest rank over the lower bound, by method, and seconds that ours takes to plan."""
+def balanced(
+    config: Any, photographs: np.ndarray, ranks: int, page_share: float, pictures_a_rank: int
+) -> dict[str, Any]:
+    """Dearest rank over the mean, by method, and seconds that ours takes to plan."""
     from megatron_vlm.data.picture_table import PicturePlan, PictureTable
     from megatron_vlm.data.sharing import Sharing
     from megatron_vlm.training.encoder_cost import flops_cost
 
-    pp, replicas = {8: (4, 2), 256: (8, 32), 1024: (8, 128)}[ranks]
-    grids = drawn(config, sizes, PICTURES_A_RANK * ranks, ranks)
+    pp, replicas = RANKS[ranks]
+    grids = drawn(config, photographs, page_share, pictures_a_rank * ranks, ranks)
     owners = np.arange(len(grids)) % replicas
     table = PictureTable.of(
         [
@@ -150,6 +201,7 @@ def balanced(config: Any, sizes: dict[str, np.ndarray], ranks: int) -> dict[str,
     homes = tuple(np.tile(np.arange(replicas), pp).tolist())
     ways = {
         "ours": Sharing(homes, cost, max_parts=8),
+        "differencing": Sharing(homes, cost, method="karmarkar_karp", max_parts=8),
         "whole_pictures": Sharing(homes, cost, max_parts=1),
         "in_turn": Sharing(homes, cost, method="round_robin"),
     }
@@ -166,103 +218,11 @@ def balanced(config: Any, sizes: dict[str, np.ndarray], ranks: int) -> dict[str,
     return found | {"plan_seconds": statistics.median(seconds), "pictures": len(grids)}
 
 
-def measured_costs(config: Any, threads: int) -> dict[str, float]:
-    """Seconds of a layer: of the decoder by token, of the encoder by patch and pair of patches."""
-    import torch
-
-    from megatron_vlm.platform import detect_world, start_distributed, stop
-    from megatron_vlm.topology.layout import resolve_layout
-    from megatron_vlm.topology.mesh import build_topology
-
-    torch.set_num_threads(threads)
-    topology = build_topology(
-        resolve_layout(shallow(config, 1), 1), start_distributed(detect_world())
-    )
-    one, three = (towers(shallow(config, layers), topology) for layers in (1, 3))
-    stop()
-    return {name: (three[name] - one[name]) / 2 for name in one}
-
-
-def shallow(config: Any, layers: int) -> Any:
-    """The configuration with so few layers, all of experts, of which no more than are asked for."""
-    model = config.model
-    language = model.language.model_copy(
-        update={
-            "num_layers": layers,
-            "first_k_dense_replace": 0,
-            "num_moe_experts": model.language.moe_router_topk + 2,
-            "vocab_size": 1024,
-            "mtp_num_layers": None,
-        }
-    )
-    vision = model.vision.model_copy(update={"num_layers": layers})
-    shape = model.model_copy(update={"language": language, "vision": vision})
-    return config.model_copy(update={"model": shape})
-
-
-def towers(config: Any, topology: Any) -> dict[str, float]:
-    """Seconds of each tower, as `measured_costs` names them."""
-    import torch
-
-    from megatron_vlm.engine.objective import build_objective
-    from megatron_vlm.engine.step import TrainStep
-    from megatron_vlm.engine.trainable import make_trainable
-    from megatron_vlm.models.vlm import build_model
-    from tests.dots1_map import text_step
-
-    model = build_model(config, topology)
-    trainable = make_trainable(model, config)
-    objective = build_objective("next_token", topology, config.model)
-    step = TrainStep(config, topology, model, objective, chunks=list(trainable.chunks))
-    length = config.training.seq_length
-    row = torch.randint(0, 1024, (length,)).tolist()
-    data = text_step([[row]], length, 1)
-    step.encoder = None
-    forward, backward = [], []
-    for _ in range(ROUNDS + 1):
-        step.train(data)
-        forward.append(step.clock.seconds("forward"))
-        backward.append(step.clock.seconds("backward"))
-    many, large = [(16, 16)] * 8, [(32, 64)]
-    own = {}
-    for name, trains in (("encode", False), ("encode_both", True)):
-        model.encoder.requires_grad_(trains)
-        little, much = (timed(model.encoder, grids) for grids in (many, large))
-        pair = (much - little) / (2048**2 - 8 * 256**2)
-        own |= {f"{name}_pair": pair, f"{name}_patch": little / 2048 - 256 * pair}
-    return {
-        "forward_token": statistics.median(forward[1:]) / length,
-        "backward_token": statistics.median(backward[1:]) / length,
-        **own,
-    }
-
-
-def timed(encoder: Any, grids: list[tuple[int, int]]) -> float:
-    """Median seconds of a pass; a backward one too where anything is trained."""
-    import torch
-
-    sides = torch.tensor(grids)
-    vision = encoder.trunk.config
-    width = vision.in_channels * vision.patch_size**2
-    pixels = torch.zeros(int(sides.prod(dim=1).sum()), width)
-    trained = [p for p in encoder.parameters() if p.requires_grad]
-    found = []
-    for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
-        with torch.set_grad_enabled(bool(trained)):
-            out = encoder(pixels, sides)
-            if trained:
-                torch.autograd.grad(out.sum(), trained, allow_unused=True)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
-
-
 def replayed(
-    config: Any, costs: dict[str, float], sizes: dict[str, np.ndarray], ranks: int
+    config: Any, costs: LayerCosts, measured_tokens: int, photographs: np.ndarray, ranks: int
 ) -> dict[str, Any]:
     """Seconds of a step in both placements, and how well the machines are used."""
     from megatron_vlm.data.balance import EncoderCost
-    from megatron_vlm.data.picture_table import PicturePlan, PictureTable
     from megatron_vlm.data.sharing import Sharing
     from megatron_vlm.planning.replay import replay
     from megatron_vlm.planning.step_work import StepWork
@@ -274,28 +234,19 @@ def replayed(
         batch_p2p_comm=True, stages=("Et", *["t"] * (pp - 2), "tL"),
         num_micro_batches=MICRO_BATCHES,
     )  # fmt: skip
-    pictures = []
-    grids = iter(drawn(config, sizes, 200 * dp * MICRO_BATCHES, ranks).tolist())
-    for replica in range(dp):
-        for number in range(MICRO_BATCHES):
-            start = 0
-            while start < VISUAL * ROW:
-                high, wide = next(grids)
-                if start + high * wide // 4 > ROW:
-                    continue
-                pictures.append(
-                    PicturePlan(0, 0, 0, 0, high, wide, replica, number, start, high * wide // 4)
-                )
-                start += high * wide // 4
-    table = PictureTable.of(pictures)
-    layers = config.model.vision.num_layers
-    both = EncoderCost(0.0, layers * costs["encode_both_patch"], layers * costs["encode_both_pair"])
-    ahead = EncoderCost(0.0, layers * costs["encode_patch"], layers * costs["encode_pair"])
-    stage = config.model.language.num_layers / pp * ROW
+    table = filled_rows(config, photographs, dp)
+    vision, language = config.model.vision, config.model.language
+    both = EncoderCost(
+        0.0, vision.num_layers * costs.both_patch, vision.num_layers * costs.both_pair
+    )
+    ahead = EncoderCost(
+        0.0, vision.num_layers * costs.encode_patch, vision.num_layers * costs.encode_pair
+    )
+    tokens = language.num_layers / pp * ROW
     passes = np.ones((dp, MICRO_BATCHES, pp))
-    common = {
-        "forward_seconds": stage * costs["forward_token"] * passes,
-        "backward_seconds": stage * costs["backward_token"] * passes,
+    common: dict[str, Any] = {
+        "forward_seconds": tokens * costs.forward_token * passes,
+        "backward_seconds": tokens * costs.backward_token * passes,
         "send_seconds": np.zeros(pp - 1),
         "reduce_seconds": np.zeros(ranks),
         "optimizer_seconds": np.zeros(ranks),
@@ -316,7 +267,8 @@ def replayed(
         work = StepWork(
             **common,
             encode_seconds=spent["encode"],
-            encode_backward_seconds=spent["both"] - spent["encode"],
+            # Measured apart: a noisy machine must not make work of less than nothing.
+            encode_backward_seconds=np.maximum(spent["both"] - spent["encode"], 0),
             placement="all_ranks" if name == "ours" else "first_stage",
             window_size=size,
         )
@@ -324,16 +276,72 @@ def replayed(
     text = replay(layout, StepWork(**common)).step_seconds
     decoder = float(common["forward_seconds"].sum() + common["backward_seconds"].sum())
     encoder = float(both.whole(table.patches).sum())
-    used = (decoder + encoder) / seconds["ours"]
+    flops = step_flops(config, table, measured_tokens, dp)
+    with_pictures = (flops["decoder"] + flops["encoder"]) / seconds["ours"]
+    pixels = (table.patches * vision.patch_size**2).astype(float)
     return {
         "ratio": seconds["peer"] / seconds["ours"],
         **seconds,
         "text_only": text,
-        "use_of_text_only": used / (decoder / text),
-        "encoder_share": encoder / (encoder + decoder),
+        "mfu_of_text_only": with_pictures / (flops["decoder"] / text),
+        "busy_of_text_only": (decoder + encoder) / seconds["ours"] / (decoder / text),
+        "encoder_share_of_seconds": encoder / (encoder + decoder),
+        "encoder_share_of_flops": flops["encoder"] / (flops["encoder"] + flops["decoder"]),
+        "visual_share_of_tokens": float(table.tokens.sum()) / (dp * MICRO_BATCHES * ROW),
+        "megapixels": {
+            "mean": float(pixels.mean()) / 1e6,
+            "largest": float(pixels.max()) / 1e6,
+        },
         "pictures": len(table),
         "layout": layout.describe(),
     }
+
+
+def filled_rows(config: Any, photographs: np.ndarray, dp: int) -> Any:
+    """The pictures of a step: each row has `VISUAL` of its tokens from them, or a little more."""
+    from megatron_vlm.data.picture_table import PicturePlan, PictureTable
+
+    rows = dp * MICRO_BATCHES
+    grids = iter(drawn(config, photographs, PAGE_SHARE, 200 * rows, dp).tolist())
+    pictures = []
+    for row in range(rows):
+        replica, number = divmod(row, MICRO_BATCHES)
+        start = 0
+        while start < VISUAL * ROW:
+            high, wide = next(grids)
+            tokens = high * wide // config.model.vision.spatial_merge_size**2
+            if start + tokens <= ROW:
+                pictures.append(PicturePlan(0, 0, 0, 0, high, wide, replica, number, start, tokens))
+                start += tokens
+    return PictureTable.of(pictures)
+
+
+def step_flops(config: Any, table: Any, measured_tokens: int, dp: int) -> dict[str, float]:
+    """FLOPs of all layers of either tower, forward and backward, as the seconds are of them."""
+    layer, patches = flop_costs(config, measured_tokens), table.patches.astype(float)
+    token = layer.forward_token + layer.backward_token
+    pictures = patches * (layer.both_patch + layer.both_pair * patches)
+    return {
+        "decoder": config.model.language.num_layers * token * dp * MICRO_BATCHES * ROW,
+        "encoder": config.model.vision.num_layers * float(pictures.sum()),
+    }
+
+
+def flop_costs(config: Any, measured_tokens: int) -> LayerCosts:
+    """As if every FLOP took a second; samples are as long as those that were measured."""
+    from vision_costs import LayerCosts, of_depth
+
+    from megatron_vlm.models.language.flops import attention_flops, linear_flops_per_token
+    from megatron_vlm.models.vision.flops import flops_terms
+
+    found = []
+    for layers in (1, 2):
+        model = of_depth(config, layers).model
+        token = linear_flops_per_token(model.language)
+        token += attention_flops(model.language, float(measured_tokens**2)) / measured_tokens
+        found.append((token, *flops_terms(model.vision, model.adapter, model.language.hidden_size)))
+    token, patch, pair = (two - one for one, two in zip(*found, strict=True))
+    return LayerCosts(token, 2 * token, patch, pair, 3 * patch, 3 * pair)
 
 
 if __name__ == "__main__":

@@ -64,3 +64,20 @@ def test_data_images_tells_its_options(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--photographs" in done.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_vision_balance(tmp_path: Path) -> None:
+    result = run(tmp_path, "vision_balance.py", "--size", "small", "--threads", "1")
+    for mixture in result["balance"].values():
+        for ranks, bound in (("8", 1.02), ("256", 1.05), ("1024", 1.05)):
+            assert 1 <= mixture[ranks]["ours"] <= bound
+            assert mixture[ranks]["ours"] <= mixture[ranks]["whole_pictures"]
+            assert mixture[ranks]["in_turn"] > 1.5
+    # Where every FLOP is as dear, only what is planned counts, and nothing is measured.
+    assert all(use > 0.97 for use in result["mfu_of_text_only"]["every_flop_as_dear"].values())
+    executed = result["real_processes"]["executed_on_8"]
+    assert executed["products_off_by"] < 1e-9
+    assert executed["shared_pictures"] > 0
+    assert result["real_processes"]["wall_clock_on_4"]["ratio"] > 0

@@ -67,8 +67,9 @@ def plan_chunks(plan: StepPlan, rank: int, first_window: int, patches: int | Non
 
     common = np.flatnonzero(shared).tolist()
     if patches is None:
-        chunks = [chunk(common + in_window, kept=True, early=True)]
-        return chunks + ([chunk(later, kept=True, early=False)] if later else [])
+        groups = ((common + in_window, True), (later, False))
+        chunks = [chunk(segments, True, early) for segments, early in groups if segments]
+        return chunks or [chunk([], kept=True, early=True)]
     half = patches // 2
     keeps = _kept_pictures(shares, half)
     chunks = [chunk([s], int(numbers[s]) in keeps, early=True) for s in common]
