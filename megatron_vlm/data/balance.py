@@ -216,7 +216,7 @@ def assign_near(
     home: NDArray[np.int64],
     replica_of_rank: Sequence[int],
     bound: float,
-) -> NDArray[np.int64] | None:
+) -> NDArray[np.int64]:
     """Dearest first, each to the least loaded rank of its own replica while that stays below a
     bound, else to the least loaded of all.
 
@@ -225,10 +225,10 @@ def assign_near(
         counts: [pictures] parts of each.
         home: [pictures] replica of each.
         replica_of_rank: [ranks].
-        bound: most load of a rank.
+        bound: most load of a rank by a picture of its replica.
 
     Returns:
-        As `assign_greedy`; null where a picture found no rank below the bound.
+        As `assign_greedy`.
     """
     ranks = len(replica_of_rank)
     cut = np.repeat(counts > 1, counts)
@@ -236,8 +236,6 @@ def assign_near(
     # What is cut is dearest, and goes to any ranks: they exchange more than features.
     found[cut] = assign_greedy(costs[cut], counts[counts > 1], ranks)
     loads = loads_of(costs[cut], found[cut], ranks).tolist()
-    if max(loads) > bound:
-        return None
     everyone = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(everyone)
     at_home: list[list[tuple[float, int]]] = [[] for _ in range(max(replica_of_rank) + 1)]
@@ -253,8 +251,6 @@ def assign_near(
         rank = _lightest(at_home[replica], loads)
         if loads[rank] + cost > bound:
             rank = _lightest(everyone, loads)
-            if loads[rank] + cost > bound:
-                return None
         loads[rank] += cost
         # Older entries of the rank lie in the heaps until they come up and are out of date.
         heapq.heappush(at_home[replica_of_rank[rank]], (loads[rank], rank))
@@ -335,12 +331,8 @@ def balance(
         return assign_round_robin(counts, ranks)
     if method == "greedy":
         bound = lower_bound(costs, ranks) * _COSTS_NOTHING
-        near = assign_near(costs, counts, home, replica_of_rank, bound)
-        if near is not None:
-            return near
-        found = assign_greedy(costs, counts, ranks)
-    else:
-        found = assign_karmarkar_karp(costs, counts, ranks)
+        return assign_near(costs, counts, home, replica_of_rank, bound)
+    found = assign_karmarkar_karp(costs, counts, ranks)
     return bring_home(costs, counts, found, home, replica_of_rank)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from megatron_vlm.data.balance import (
     balance,
     cut_pictures,
     loads_of,
+    lower_bound,
     make_parts,
 )
 from megatron_vlm.data.picture_table import PictureTable, Shares
@@ -82,22 +84,40 @@ class Sharing:
         home = table.replica[mine] - first_replica
         replica_of_rank = [self.replica_of_rank[rank] - first_replica for rank in ranks]
 
-        def assign(counts: NDArray[np.int64]) -> tuple[float, tuple[NDArray[np.int64], ...]]:
+        def assign(counts: NDArray[np.int64]) -> _Assigned:
             picture, first, held = make_parts(patches, counts, self.unit)
             costs = self.cost.part(held, patches[picture])
             assigned = balance(costs, counts, home, replica_of_rank, self.method)
-            most = loads_of(costs, assigned, len(ranks)).max()
-            return float(most), (mine[picture], ranks[assigned], first, held)
+            loads = loads_of(costs, assigned, len(ranks))
+            shares = (mine[picture], ranks[assigned], first, held)
+            return _Assigned(float(loads.max()), float(loads.mean()), shares)
 
-        most, found = assign(np.ones_like(patches))
-        mean = float(self.cost.whole(patches).sum()) / len(ranks)
-        if self.method == "round_robin" or most <= EVEN_ENOUGH * mean:
-            return found
+        whole = self.cost.whole(patches)
+        mean, best = float(whole.sum()) / len(ranks), None
+        evenly_whole = lower_bound(whole, len(ranks)) <= EVEN_ENOUGH * mean
+        if evenly_whole or self.method == "round_robin":
+            best = assign(np.ones_like(patches))
+            if self.method == "round_robin" or best.most <= EVEN_ENOUGH * mean:
+                return best.shares
         for counts in cut_pictures(patches, self.cost, len(ranks), self.max_parts, self.unit):
-            # Parts cost more in all: they must be worth it.
-            after, cut = assign(counts)
-            if after < most:
-                most, found = after, cut
-            if most <= EVEN_ENOUGH * mean:
+            # Parts cost more in all: they must be worth it, and more of them are not if these
+            # are dealt out evenly.
+            cut = assign(counts)
+            if best is None or cut.most < best.most:
+                best = cut
+            if cut.most <= EVEN_ENOUGH * cut.mean:
                 break
-        return found
+        if best is None or (not evenly_whole and best.most >= whole.max()):
+            uncut = assign(np.ones_like(patches))
+            if best is None or uncut.most <= best.most:
+                best = uncut
+        return best.shares
+
+
+class _Assigned(NamedTuple):
+    most: float
+    """Load of the dearest rank."""
+    mean: float
+    """Of all, messages included."""
+    shares: tuple[NDArray[np.int64], ...]
+    """Columns of `Shares`."""
