@@ -36,6 +36,8 @@ class Outcome:
     expert chosen and the first not chosen."""
     shares: list[list[int]] = field(default_factory=list)
     """Per step: how many ranks shared each picture."""
+    bare: list[int] = field(default_factory=list)
+    """Per step: micro-batches without a picture."""
     passes: list[list[tuple[int, list[bool]]]] = field(default_factory=list)
     """Per rank and step: windows of features, and whether each chunk's activations were kept."""
 
@@ -74,6 +76,7 @@ def train_case(config: RunConfig, world_size: int = 1, **options: Any) -> Outcom
             for step in zip(*(result["margins"] for result in results), strict=True)
         ],
         shares=results[0]["shares"],
+        bare=results[0]["bare"],
         passes=[result["passes"] for result in results],
     )
 
@@ -113,9 +116,13 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
         router.register_forward_hook(watch)
 
     shares: list[list[int]] = []
+    bare: list[int] = []
     trained = run.step.train
 
     def train(data: Any) -> Any:
+        table = data.plan.pictures
+        seen_in = set(zip(table.replica.tolist(), table.micro_batch.tolist(), strict=True))
+        bare.append(sum(map(len, data.plan.micro_batches)) - len(seen_in))
         shares.append(np.bincount(data.plan.shares.picture).tolist())
         return trained(data)
 
@@ -141,7 +148,7 @@ def _train(world: World, config: RunConfig) -> dict[str, Any]:
     destroy_topology()
     stop()
     found = {"metrics": seen, "parts": parts, "routing": routing, "margins": margins}
-    return found | {"shares": shares, "passes": passes}
+    return found | {"shares": shares, "bare": bare, "passes": passes}
 
 
 def local_parts(sharded: dict[str, Any]) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_attr_wrapped_model
+from numpy.typing import NDArray
 
 from megatron_vlm.data.picture_table import Shares
 from megatron_vlm.data.plan import StepPlan
@@ -36,15 +37,24 @@ class Chunk:
     """Whether the first window waits for it."""
 
 
-def plan_chunks(plan: StepPlan, rank: int, first_window: int, patches: int | None) -> list[Chunk]:
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """Memory for activations, in patches of whole pictures."""
+
+    patches: int
+    """Whose activations a rank may hold at a time: at least twice the largest picture's."""
+    weights: NDArray[np.float64]
+    """[shares] patches of whole pictures that take as much as each."""
+
+
+def plan_chunks(plan: StepPlan, rank: int, first_window: int, budget: Budget | None) -> list[Chunk]:
     """How `rank` encodes its shares: what several ranks share, then by micro-batch.
 
     Args:
         plan: the step.
         rank: in the world.
         first_window: micro-batches of the window whose features leave first.
-        patches: whose activations a rank may hold at a time; null: any number. At least twice the
-            largest picture's.
+        budget: memory for activations; null: any amount.
 
     Returns:
         One or more chunks, those of the first window first.
@@ -66,47 +76,50 @@ def plan_chunks(plan: StepPlan, rank: int, first_window: int, patches: int | Non
         return Chunk(segments, joined, kept, early)
 
     common = np.flatnonzero(shared).tolist()
-    if patches is None:
+    if budget is None:
         groups = ((common + in_window, True), (later, False))
         chunks = [chunk(segments, True, early) for segments, early in groups if segments]
         return chunks or [chunk([], kept=True, early=True)]
-    half = patches // 2
-    keeps = _kept_pictures(shares, half)
-    chunks = [chunk([s], int(numbers[s]) in keeps, early=True) for s in common]
-    held = sum(int(sizes[s]) for s in common if int(numbers[s]) in keeps)
+    weights = budget.weights[mine]
+    half = budget.patches / 2
+    keeps = _kept_pictures(shares, budget.weights, half)
+    is_kept = np.isin(numbers, sorted(keeps))
+    chunks = [chunk([s], bool(is_kept[s]), early=True) for s in common]
+    held = float(weights[shared & is_kept].sum())
     # Where not all fits, there must be room for the one that is run again.
-    limit = patches if sizes.sum() <= patches and held == sizes[common].sum() else patches - half
+    fits = weights.sum() <= budget.patches and bool(is_kept[shared].all())
+    limit = budget.patches if fits else half
     for segments, early in ((in_window, True), (later, False)):
-        for group in _cut(segments, sizes, half):
-            size = int(sizes[group].sum())
+        for group in _cut(segments, weights, half):
+            size = float(weights[group].sum())
             chunks.append(chunk(group, held + size <= limit, early))
             held += size if held + size <= limit else 0
     return chunks or [chunk([], kept=True, early=True)]
 
 
-def _kept_pictures(shares: Shares, patches: int) -> set[int]:
+def _kept_pictures(shares: Shares, weights: NDArray[np.float64], patches: float) -> set[int]:
     """The shared pictures that are kept: in turn, while none of their ranks holds more."""
     counts = np.bincount(shares.picture)
-    held = np.zeros(int(shares.rank.max(initial=0)) + 1, np.int64)
+    held = np.zeros(int(shares.rank.max(initial=0)) + 1)
     kept = set()
     for picture in np.flatnonzero(counts > 1).tolist():
         where = slice(*np.searchsorted(shares.picture, [picture, picture + 1]).tolist())
-        after = held[shares.rank[where]] + shares.patches[where]
+        after = held[shares.rank[where]] + weights[where]
         if (after <= patches).all():
             held[shares.rank[where]] = after
             kept.add(picture)
     return kept
 
 
-def _cut(segments: list[int], sizes: np.ndarray, patches: int) -> list[list[int]]:
+def _cut(segments: list[int], weights: NDArray[np.float64], patches: float) -> list[list[int]]:
     """Runs of segments of at most so many patches each, or of one segment."""
     groups: list[list[int]] = []
-    filled = 0
+    filled = 0.0
     for segment in segments:
-        size = int(sizes[segment])
+        size = float(weights[segment])
         if not groups or filled + size > patches:
             groups.append([])
-            filled = 0
+            filled = 0.0
         groups[-1].append(segment)
         filled += size
     return groups

@@ -25,7 +25,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.engine.clock import EngineTimers, StepClock, TimedSchedulePlan
 from megatron_vlm.engine.delivery import FeatureDelivery, post_in
-from megatron_vlm.engine.encode import EncoderRun, plan_chunks
+from megatron_vlm.engine.encode import Budget, EncoderRun, plan_chunks
 from megatron_vlm.engine.exchange import cut_windows, plan_exchange
 from megatron_vlm.engine.microbatch import MicroBatch, build_micro_batch
 from megatron_vlm.engine.objective import Objective
@@ -38,6 +38,7 @@ from megatron_vlm.topology.mesh import Topology
 
 if TYPE_CHECKING:
     from megatron_vlm.data.loader import LoadedStep
+    from megatron_vlm.data.plan import StepPlan
 
 
 @dataclass
@@ -65,7 +66,7 @@ class TrainStep:
         chunks: list[torch.nn.Module] | None = None,
         encoder: torch.nn.Module | None = None,
         reference: VisionLanguageModel | None = None,
-        encoder_patches: int | None = None,
+        encoder_budget: Callable[[StepPlan], Budget] | None = None,
         window_features: int | None = None,
     ) -> None:
         """Takes over the model's outputs and its end of a step.
@@ -78,7 +79,7 @@ class TrainStep:
             chunks: the decoder's modules to call; null: the bare ones.
             encoder: the encoder's; null: the bare one.
             reference: a model whose outputs the objective asks for.
-            encoder_patches: whose activations a rank may hold at a time; null: any number.
+            encoder_budget: memory for the encoder's activations in a step; null: any amount.
             window_features: that a rank may receive of a window; null: any number.
         """
         self.config, self.topology, self.model = config, topology, model
@@ -93,8 +94,8 @@ class TrainStep:
         self._denominators: dict[str, float] = {}
         self._data: LoadedStep | None = None
         self._delivery: FeatureDelivery | None = None
-        self._encoder_patches, self._window_features = encoder_patches, window_features
-        limits = encoder_patches, window_features, config.vision_parallel.exchange_window
+        self._encoder_budget, self._window_features = encoder_budget, window_features
+        limits = encoder_budget, window_features, config.vision_parallel.exchange_window
         self._bounded = any(limit is not None for limit in limits)
 
     def train(self, data: LoadedStep) -> StepResult:
@@ -212,12 +213,13 @@ class TrainStep:
         windows = cut_windows(
             data.plan, layout, self.config.vision_parallel.exchange_window, self._window_features
         )
+        budget = self._encoder_budget(data.plan) if self._encoder_budget is not None else None
         with self.clock.span("encode"):
             pictures = data.pictures.to(topology.device, dtype)
             run = EncoderRun(
                 encoder,
                 local_segments(data.plan, pictures, topology.rank, topology.vision.dp),
-                plan_chunks(data.plan, topology.rank, windows[0], self._encoder_patches),
+                plan_chunks(data.plan, topology.rank, windows[0], budget),
                 hidden,
             )
             trained = grad and _is_trained(self.model.encoder)

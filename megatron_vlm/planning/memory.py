@@ -11,7 +11,10 @@ of weights that Transformer Engine makes. Leave about a tenth of the device free
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.errors import ConfigError
@@ -101,14 +104,24 @@ def memory_of_stage(
     Raises:
         ConfigError: the assumptions do not fit the configuration.
     """
+    standing = standing_memory(config, layout, pp, assumptions)
+    encoder = _encoder_bytes(config, layout, assumptions, standing.decoder + standing.logits)
+    features = _feature_bytes(config, layout, pp, assumptions)
+    return replace(standing, encoder=round(encoder), features=features)
+
+
+def standing_memory(
+    config: RunConfig, layout: Layout, pp: int, assumptions: Assumptions
+) -> RankMemory:
+    """What each rank of pipeline stage `pp` holds whatever the pictures of a step are.
+
+    Raises:
+        ConfigError: the assumptions do not fit the configuration.
+    """
     held = rank_parameters(config.model, layout, pp)
     weights, gradients, optimizer = _state_bytes(config, layout, held)
     decoder, logits = _decoder_bytes(config, layout, pp, assumptions)
-    encoder = _encoder_bytes(config, layout, assumptions, besides=decoder + logits)
-    features = _feature_bytes(config, layout, pp, assumptions)
-    return RankMemory(
-        weights, gradients, optimizer, round(decoder), round(logits), round(encoder), features
-    )
+    return RankMemory(weights, gradients, optimizer, round(decoder), round(logits), 0, 0)
 
 
 def _state_bytes(config: RunConfig, layout: Layout, held: Parameters) -> tuple[int, int, int]:
@@ -221,27 +234,56 @@ def _encoder_bytes(
 def _feature_bytes(config: RunConfig, layout: Layout, pp: int, assumptions: Assumptions) -> int:
     if config.model.vision is None:
         return 0
-    tokens = own = _encoded_tokens(config, layout, assumptions)
-    if pp == layout.embedding_stage:
-        parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-        per_micro_batch = (
-            config.training.micro_batch_size * picture_tokens(config, assumptions) / parts
-        )
-        # With their gradients.
-        tokens += 2 * per_micro_batch * layout.num_micro_batches
-        waiting = _waiting_features(config, layout, per_micro_batch)
-        in_flight = fullest(layout, pp, [1.0] + [0.0] * (layout.num_chunks - 1))[0]
-        tokens = min(tokens, own + waiting + 2 * per_micro_batch * in_flight)
-    element = element_bytes(config.training.precision)
-    return round(tokens * config.model.language.hidden_size * element)
+    own = _encoded_tokens(config, layout, assumptions)
+    per_row = picture_tokens(config, assumptions)
+    micro_batch = config.training.micro_batch_size * per_row / slices(layout)
+    tokens = feature_tokens(
+        config, layout, pp, own, micro_batch, micro_batch * layout.num_micro_batches
+    )
+    return round(float(tokens) * feature_bytes(config))
 
 
-def _waiting_features(config: RunConfig, layout: Layout, per_micro_batch: float) -> float:
-    """Features of micro-batches to come: the window in use and the one that arrives."""
+def feature_bytes(config: RunConfig) -> int:
+    """Of a picture's token on its way into the decoder."""
+    return config.model.language.hidden_size * element_bytes(config.training.precision)
+
+
+def slices(layout: Layout) -> int:
+    """Ranks that embed a part each of a micro-batch's tokens."""
+    return layout.cp * (layout.tp if layout.sequence_parallel else 1)
+
+
+def feature_tokens(
+    config: RunConfig,
+    layout: Layout,
+    pp: int,
+    own: ArrayLike,
+    most: ArrayLike,
+    total: ArrayLike,
+) -> NDArray[np.float64]:
+    """Features that ranks of a stage hold at most.
+
+    Args:
+        config: the run.
+        layout: its ranks.
+        pp: their pipeline stage.
+        own: that they encode.
+        most: that they embed of the micro-batch with the most.
+        total: that they embed of all micro-batches.
+    """
+    encoded = np.asarray(own, np.float64)
+    if pp != layout.embedding_stage:
+        return encoded
     window = config.vision_parallel.exchange_window or layout.num_micro_batches
+    features = window * np.asarray(most, np.float64)
     limit = window_features(config, layout)
-    features = window * per_micro_batch
-    return 2 * (features if limit is None else min(features, limit))
+    if limit is not None:
+        features = np.minimum(features, limit)
+    in_flight = fullest(layout, pp, [1.0] + [0.0] * (layout.num_chunks - 1))[0]
+    # The window in use and the one that arrives; and gradients, of those in flight or of all.
+    bounded = encoded + 2 * features + 2 * in_flight * np.asarray(most, np.float64)
+    held: NDArray[np.float64] = np.minimum(encoded + 2 * np.asarray(total, np.float64), bounded)
+    return held
 
 
 def _encoded_tokens(config: RunConfig, layout: Layout, assumptions: Assumptions) -> float:

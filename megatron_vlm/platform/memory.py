@@ -1,10 +1,19 @@
-"""Host memory: giving back to the system what the allocator keeps without using it."""
+"""Memory: what a device has, and giving back to the system what the allocator does not use."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from collections.abc import Callable
+
+import torch
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """A GPU's memory; null on a CPU, whose processes share the machine's."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def release_unused() -> None:

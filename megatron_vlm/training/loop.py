@@ -39,9 +39,11 @@ from megatron_vlm.errors import UserError
 from megatron_vlm.models.initialize import initialize
 from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
+from megatron_vlm.planning.activations import Device
+from megatron_vlm.planning.step_memory import StepMemoryModel, device_memory
 from megatron_vlm.planning.vision_limits import encoder_patches, window_features
 from megatron_vlm.platform import World, detect_world, seed_step, start_distributed, stop
-from megatron_vlm.platform.memory import release_unused
+from megatron_vlm.platform.memory import device_bytes, release_unused
 from megatron_vlm.platform.peak import peak_tflops
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
@@ -55,6 +57,7 @@ from megatron_vlm.training.datasets import (
     open_training_data,
 )
 from megatron_vlm.training.encoder_cost import given_cost, settled_cost
+from megatron_vlm.training.encoder_memory import encoder_budget
 from megatron_vlm.training.feed import agreed, open_loader, rank_view, share_out
 from megatron_vlm.training.held_out import validate
 from megatron_vlm.training.metrics import (
@@ -137,6 +140,9 @@ class Run:
         template = chat_template(config, data, start)
         self.checkpointer = Checkpointer(config, self._tokenizer, template, self._stream)
         self._step_started = self._waited = 0.0
+        self._device: Device = "cuda" if topology.device.type == "cuda" else "cpu"
+        self._memory_model = StepMemoryModel(config, topology.layout, self._device)
+        self._device_memory = device_memory(config, device_bytes(topology.device))
         self.step = TrainStep(
             config,
             topology,
@@ -145,9 +151,7 @@ class Run:
             chunks=list(self.trainable.chunks),
             encoder=self.trainable.encoder,
             reference=self._reference(self.objective),
-            encoder_patches=encoder_patches(
-                config, "cuda" if topology.device.type == "cuda" else "cpu"
-            ),
+            encoder_budget=encoder_budget(config, self._device),
             window_features=window_features(config, topology.layout),
         )
         precision = config.training.precision
@@ -245,7 +249,13 @@ class Run:
         self._step_started, waited = time.perf_counter(), loader.wait_seconds
         loaded = next(loader, None)
         self._waited = loader.wait_seconds - waited
-        return loaded and agreed(loaded, self.config, self.data, self.topology)
+        if loaded is None:
+            return None
+        if self._device_memory is not None:
+            # On every rank alike, since all have the same plan.
+            iteration = self.progress.iteration + 1
+            self._memory_model.refuse_beyond(self._device_memory, loaded.plan, iteration)
+        return agreed(loaded, self.config, self.data, self.topology)
 
     def _one_step(self, loaded: LoadedStep) -> dict[str, Any]:
         config, progress = self.config, self.progress

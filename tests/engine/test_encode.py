@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vlm.data.picture_table import PicturePlan, PictureTable, Shares
 from megatron_vlm.data.plan import StepPlan
-from megatron_vlm.engine.encode import plan_chunks
+from megatron_vlm.engine.encode import Budget, plan_chunks
 from tests.engine.plans import bare_layout, random_plan
 
 pytestmark = pytest.mark.unit
@@ -44,6 +44,13 @@ SHARES = [(0, 0, 3), (0, 1, 3), (1, 0, 2), (2, 0, 3), (3, 0, 1), (4, 0, 2), (4, 
 """Rank 0 has half of the first picture, part of the fifth, and all of four others."""
 
 
+def budget(plan: StepPlan, patches: int | None) -> Budget | None:
+    """As if what ranks share took no more memory than its own patches."""
+    if patches is None:
+        return None
+    return Budget(patches, plan.shares.patches.astype(np.float64))
+
+
 def test_without_bounds_all_goes_at_once() -> None:
     plan = step_of(PICTURES, SHARES)
     (only,) = plan_chunks(plan, 0, 3, None)
@@ -62,15 +69,24 @@ def test_the_first_window_goes_first() -> None:
     assert late.features.tolist() == [5, 6, 7, 3, 4]
 
 
+def test_what_is_shared_weighs_more() -> None:
+    """Twelve patches of the first picture, with its keys and values, as heavy as twenty-one."""
+    plan = step_of(PICTURES, SHARES)
+    weights = plan.shares.patches.astype(np.float64)
+    weights[:2] = 21
+    chunks = plan_chunks(plan, 0, 3, Budget(40, weights))
+    assert [(c.segments, c.kept) for c in chunks][:2] == [([0], False), ([4], True)]
+
+
 def test_chunks_keep_to_the_memory() -> None:
     plan = step_of(PICTURES, SHARES)
     # 40 patches: 20 for what is kept, 20 for what is encoded again.
-    chunks = plan_chunks(plan, 0, 3, 40)
+    chunks = plan_chunks(plan, 0, 3, budget(plan, 40))
     assert [c.segments for c in chunks] == [[0], [4], [3, 5], [2, 1]]
     # 12 and 8 patches of the shared ones, then 20 and 20 of the others.
     assert [c.kept for c in chunks] == [True, True, False, False]
     # All 60 fit in 60, though not in the half that shared pictures may take with the others.
-    assert all(c.kept for c in plan_chunks(plan, 0, 3, 60))
+    assert all(c.kept for c in plan_chunks(plan, 0, 3, budget(plan, 60)))
 
 
 def test_sharers_agree_on_what_is_kept() -> None:
@@ -81,7 +97,7 @@ def test_sharers_agree_on_what_is_kept() -> None:
     kept = {
         (rank, int(plan.shares.picture[plan.shares.rank == rank][chunk.segments[0]])): chunk.kept
         for rank in range(3)
-        for chunk in plan_chunks(plan, rank, 3, 48)
+        for chunk in plan_chunks(plan, rank, 3, budget(plan, 48))
     }
     assert kept == {
         (0, 1): False, (1, 1): False, (1, 0): True, (2, 0): True, (0, 2): True, (2, 2): True
@@ -97,7 +113,7 @@ def test_every_feature_is_encoded_once(window: int, room: int | None) -> None:
         plan = random_plan(np.random.default_rng(seed), layout, 4, 1, 48, 4, 0.8)
         patches = room and room * int(plan.pictures.patches.max())
         for rank in range(layout.world_size):
-            chunks = plan_chunks(plan, rank, window, patches)
+            chunks = plan_chunks(plan, rank, window, budget(plan, patches))
             mine = np.flatnonzero(plan.shares.rank == rank)
             sizes = plan.shares.patches[mine]
             assert sorted(s for c in chunks for s in c.segments) == list(range(len(mine)))
