@@ -70,8 +70,9 @@ class VisionParallelConfig(Section):
     """GiB of the encoder's activations that a rank keeps for the backward pass: what does not fit
     is encoded again there. null: all are kept, as `recompute.vision` has it."""
     device_memory_gib: float | None = Field(None, gt=0)
-    """GiB that a step may take on a device: a step whose pictures are planned to need more ends
-    the run before it begins, with the numbers. null: the GPU's memory; on a CPU no limit."""
+    """GiB that a step may take on a device: one that is planned to need more ends the run before
+    it begins, with the numbers. null: the GPU's memory, the decoder's activations not counted; on
+    a CPU no limit."""
 
 
 class RecomputeConfig(Section):

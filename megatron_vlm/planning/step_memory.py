@@ -37,8 +37,10 @@ _GIB = 2**30
 class StepMemory:
     """Bytes by kind, each float64 [ranks]."""
 
-    standing: NDArray[np.float64]
-    """Weights, gradients, optimizer, the decoder's activations and logits."""
+    state: NDArray[np.float64]
+    """Weights, gradients, optimizer."""
+    decoder: NDArray[np.float64]
+    """The decoder's activations and logits."""
     encoder: NDArray[np.float64]
     """The encoder's activations, and pixels of which none are kept."""
     features: NDArray[np.float64]
@@ -47,7 +49,7 @@ class StepMemory:
     @property
     def total(self) -> NDArray[np.float64]:
         """[ranks] all of them."""
-        return self.standing + self.encoder + self.features
+        return self.state + self.decoder + self.encoder + self.features
 
 
 class StepMemoryModel:
@@ -62,17 +64,17 @@ class StepMemoryModel:
         ]
         self._stage = np.array([layout.coordinates(r).pp for r in range(layout.world_size)])
         self._replica = np.array([layout.coordinates(r).dp for r in range(layout.world_size)])
-        self._standing = np.array([float(stage.total) for stage in stages])[self._stage]
-        besides = [float(stage.decoder + stage.logits) for stage in stages]
-        self._besides = np.array(besides)[self._stage]
+        decoder = np.array([float(stage.decoder + stage.logits) for stage in stages])
+        total = np.array([float(stage.total) for stage in stages])
+        self._state, self._decoder = (total - decoder)[self._stage], decoder[self._stage]
         self._limit = encoder_patches(config, device)
 
     def of(self, plan: StepPlan) -> StepMemory:
         """What each rank holds at the fullest moment of a step."""
         if self.config.model.vision is None:
-            nothing = np.zeros_like(self._standing)
-            return StepMemory(self._standing, nothing, nothing)
-        return StepMemory(self._standing, self._encoder(plan), self._features(plan))
+            nothing = np.zeros_like(self._state)
+            return StepMemory(self._state, self._decoder, nothing, nothing)
+        return StepMemory(self._state, self._decoder, self._encoder(plan), self._features(plan))
 
     def _encoder(self, plan: StepPlan) -> NDArray[np.float64]:
         shares = plan.shares
@@ -88,7 +90,7 @@ class StepMemoryModel:
                 gathered = more[k] - one[k]
                 found[mine] = (own * (one[k] - gathered) + elsewhere * gathered)[mine]
         kept_bytes, again_bytes = self._by_rank(plan, kept), self._by_rank(plan, again)
-        whole = kept_bytes + np.maximum(again_bytes - self._besides, 0)
+        whole = kept_bytes + np.maximum(again_bytes - self._decoder, 0)
         if self._limit is None:
             return whole
         weights = self._by_rank(plan, share_patches(self.config, self.device, plan))
@@ -140,28 +142,40 @@ class StepMemoryModel:
     def refuse_beyond(self, memory: float, plan: StepPlan, iteration: int) -> None:
         """Refuse a step of which a rank needs more than `memory` bytes.
 
+        Without `vision_parallel.device_memory_gib` the decoder's activations are not counted:
+        kernels that keep less of them than assumed must not cost a run that would fit.
+
         Raises:
             PlanError: the step, the rank, what it encodes, its bytes by kind, and what to do.
         """
         needed = self.of(plan)
-        rank = int(needed.total.argmax())
-        if needed.total[rank] <= memory:
+        kinds = {
+            "to encode {patches:,} patches of {pictures} pictures (the largest has {largest:,})": (
+                needed.encoder
+            ),
+            "of features": needed.features,
+            "of weights, gradients and optimizer": needed.state,
+        }
+        if self.config.vision_parallel.device_memory_gib is not None:
+            kinds["of the decoder's activations"] = needed.decoder
+        total = np.sum(list(kinds.values()), axis=0)
+        rank = int(total.argmax())
+        if total[rank] <= memory:
             return
         mine = np.flatnonzero(plan.shares.rank == rank)
         whole = plan.pictures.patches[plan.shares.picture[mine]]
-        gib = {
-            name: getattr(needed, name)[rank] / _GIB for name in ("standing", "encoder", "features")
-        }
+        held = ", ".join(f"{values[rank] / _GIB:.3g} {kind}" for kind, values in kinds.items())
+        told = held.format(
+            patches=int(plan.shares.patches[mine].sum()),
+            pictures=len(mine),
+            largest=int(whole.max(initial=0)),
+        )
         # With a budget for activations all pixels may have to wait beside them.
         pixels = self._by_rank(plan, plan.shares.patches.astype(np.float64)) * self._pixel_bytes
-        room = memory - float((needed.standing + needed.features + pixels).max())
+        room = memory - float((total - needed.encoder + pixels).max())
         raise PlanError(
-            f"step {iteration} does not fit: rank {rank} would hold "
-            f"{needed.total[rank] / _GIB:.3g} GiB of the {memory / _GIB:.3g} of its device: "
-            f"{gib['encoder']:.3g} to encode {int(plan.shares.patches[mine].sum()):,} patches of "
-            f"{len(mine)} pictures (the largest has {int(whole.max(initial=0)):,}), "
-            f"{gib['features']:.3g} of features, {gib['standing']:.3g} of weights, gradients, "
-            f"optimizer and the decoder's activations; {self._advice(room)}"
+            f"step {iteration} does not fit: rank {rank} would hold {total[rank] / _GIB:.3g} GiB "
+            f"of the {memory / _GIB:.3g} of its device: {told}; {self._advice(room)}"
         )
 
     def _advice(self, room: float) -> str:

@@ -115,7 +115,8 @@ def test_a_budget_bounds_what_is_kept() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers_and_what_to_do() -> None:
-    config = recipe(PP2)
+    # The limit itself is given to the check.
+    config = recipe(PP2, "vision_parallel.device_memory_gib=1")
     model, layout = model_of(config)
     pictures = [(0, 0, 64)] * 40
     plan = step_of(pictures, [(i, 2, 64) for i in range(40)])
@@ -130,11 +131,17 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_what_to_do() -> None:
     # What it says to set is enough.
     found = re.search(r"vision_parallel.activation_memory_gib=[\d.]+", str(caught.value))
     assert found is not None
-    bounded = StepMemoryModel(recipe(PP2, found.group()), layout, "cpu")
+    words = ("vision_parallel.device_memory_gib=1", found.group())
+    bounded = StepMemoryModel(recipe(PP2, *words), layout, "cpu")
     bounded.refuse_beyond(0.6 * needed.total.max(), plan, 7)
     # Where nothing of that kind would do, it says what else would.
     with pytest.raises(PlanError, match=r"set recompute.vision=full, or use more ranks, or lower"):
-        model.refuse_beyond(0.9 * needed.standing.max(), plan, 7)
+        model.refuse_beyond(0.9 * needed.state.max(), plan, 7)
+    # Of a GPU that nobody set a limit for, only what is sure is counted.
+    sure = float((needed.total - needed.decoder).max())
+    model_of(recipe(PP2))[0].refuse_beyond(sure, plan, 7)
+    with pytest.raises(PlanError, match="step 7 does not fit"):
+        model.refuse_beyond(sure, plan, 7)
 
 
 def test_device_memory_is_the_settings_or_the_gpus() -> None:
