@@ -51,6 +51,8 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self.began = 0.0
+        """When the step began, as `time.perf_counter` tells it."""
         self._begin: Any = None
         self._open: list[_Open] = []
         self._since: Any = None
@@ -60,6 +62,7 @@ class StepClock:
 
     def start_step(self) -> None:
         """Forget the step before; times count from here."""
+        self.began = time.perf_counter()
         self._begin = self._now()
         self._open, self._pieces = [], []
         self._passes = {"forward": 0, "backward": 0}

@@ -11,10 +11,8 @@ of weights that Transformer Engine makes. Leave about a tenth of the device free
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.errors import ConfigError
@@ -237,10 +235,9 @@ def _feature_bytes(config: RunConfig, layout: Layout, pp: int, assumptions: Assu
     own = _encoded_tokens(config, layout, assumptions)
     per_row = picture_tokens(config, assumptions)
     micro_batch = config.training.micro_batch_size * per_row / slices(layout)
-    tokens = feature_tokens(
-        config, layout, pp, own, micro_batch, micro_batch * layout.num_micro_batches
-    )
-    return round(float(tokens) * feature_bytes(config))
+    held = feature_tokens(config, layout, pp)
+    tokens = held(own, micro_batch, micro_batch * layout.num_micro_batches)
+    return round(tokens * feature_bytes(config))
 
 
 def feature_bytes(config: RunConfig) -> int:
@@ -254,35 +251,24 @@ def slices(layout: Layout) -> int:
 
 
 def feature_tokens(
-    config: RunConfig,
-    layout: Layout,
-    pp: int,
-    own: ArrayLike,
-    most: ArrayLike,
-    total: ArrayLike,
-) -> NDArray[np.float64]:
-    """Features that ranks of a stage hold at most.
+    config: RunConfig, layout: Layout, pp: int
+) -> Callable[[float, float, float], float]:
+    """Finds the features that a rank of a stage holds at most, from its part of a step.
 
-    Args:
-        config: the run.
-        layout: its ranks.
-        pp: their pipeline stage.
-        own: that they encode.
-        most: that they embed of the micro-batch with the most.
-        total: that they embed of all micro-batches.
+    That is: those that it encodes; and of those that it embeds, the micro-batch with the most, and
+    all micro-batches'.
     """
-    encoded = np.asarray(own, np.float64)
     if pp != layout.embedding_stage:
-        return encoded
+        return lambda own, most, total: own
     window = config.vision_parallel.exchange_window or layout.num_micro_batches
-    features = window * np.asarray(most, np.float64)
     limit = window_features(config, layout)
-    if limit is not None:
-        features = np.minimum(features, limit)
     in_flight = fullest(layout, pp, [1.0] + [0.0] * (layout.num_chunks - 1))[0]
-    # The window in use and the one that arrives; and gradients, of those in flight or of all.
-    bounded = encoded + 2 * features + 2 * in_flight * np.asarray(most, np.float64)
-    held: NDArray[np.float64] = np.minimum(encoded + 2 * np.asarray(total, np.float64), bounded)
+
+    def held(own: float, most: float, total: float) -> float:
+        arrived = window * most if limit is None else min(window * most, limit)
+        # The window in use and the one that arrives; and gradients, of those in flight or of all.
+        return own + min(2 * total, 2 * arrived + 2 * in_flight * most)
+
     return held
 
 

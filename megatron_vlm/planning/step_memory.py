@@ -24,7 +24,7 @@ from megatron_vlm.planning.memory import (
     standing_memory,
 )
 from megatron_vlm.planning.shapes import element_bytes
-from megatron_vlm.planning.vision_limits import encoder_patches, least_patches, share_patches
+from megatron_vlm.planning.vision_limits import encoder_patches, least_patches, patch_bytes
 from megatron_vlm.topology.layout import Layout
 
 if TYPE_CHECKING:
@@ -116,14 +116,10 @@ class StepMemoryModel:
         embedded = np.zeros((layout.dp, layout.num_micro_batches))
         np.add.at(embedded, (pictures.replica, pictures.micro_batch), pictures.tokens)
         embedded /= slices(layout)
-        held = np.zeros_like(own)
-        for pp in range(layout.pp):
-            mine = self._stage == pp
-            theirs = embedded[self._replica[mine]]
-            held[mine] = feature_tokens(
-                self.config, layout, pp, own[mine], theirs.max(axis=1), theirs.sum(axis=1)
-            )
-        return held * feature_bytes(self.config)
+        most, total = (of(axis=1)[self._replica] for of in (embedded.max, embedded.sum))
+        held = [feature_tokens(self.config, layout, pp) for pp in range(layout.pp)]
+        tokens = [held[pp](*part) for pp, *part in zip(self._stage, own, most, total, strict=True)]
+        return np.array(tokens) * feature_bytes(self.config)
 
     def _by_rank(self, plan: StepPlan, values: NDArray[np.float64]) -> NDArray[np.float64]:
         summed = np.bincount(plan.shares.rank, values, self.layout.world_size)
@@ -200,3 +196,18 @@ def device_memory(config: RunConfig, total: int | None) -> float | None:
     """
     given = config.vision_parallel.device_memory_gib
     return given * _GIB if given is not None else total
+
+
+def share_patches(config: RunConfig, device: Device, plan: StepPlan) -> NDArray[np.float64]:
+    """[shares] patches of whole pictures whose activations take as much memory.
+
+    Not a share's own where several ranks share the picture: each has all keys and values.
+    """
+    own = plan.shares.patches.astype(np.float64)
+    elsewhere = plan.pictures.patches[plan.shares.picture] - own
+    patch = patch_bytes(config, device)
+    if not patch:
+        return own
+    shared, more = (patch_bytes(config, device, elsewhere=count) for count in (1.0, 2.0))
+    found = own * (2 * shared - more) + elsewhere * (more - shared)
+    return np.where(elsewhere > 0, found / patch, own)

@@ -6,19 +6,11 @@ makes, and a micro-batch's features travel together, so there is a least memory 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.planning.activations import Device, encoder_bytes
 from megatron_vlm.planning.shapes import element_bytes
 from megatron_vlm.topology.layout import Layout
-
-if TYPE_CHECKING:
-    from megatron_vlm.data.plan import StepPlan
 
 _GIB = 2**30
 
@@ -33,7 +25,7 @@ def encoder_patches(config: RunConfig, device: Device) -> int | None:
     given, vision = config.vision_parallel.activation_memory_gib, config.model.vision
     if given is None or vision is None:
         return None
-    patch, least = _needed(config, device), least_patches(config)
+    patch, least = patch_bytes(config, device), least_patches(config)
     if least * patch > given * _GIB:
         raise ConfigError(
             f"vision_parallel.activation_memory_gib {given:g}: two pictures of model.vision."
@@ -50,23 +42,14 @@ def least_patches(config: RunConfig) -> int:
     return 0 if vision is None else 2 * (vision.max_pixels // vision.patch_size**2)
 
 
-def share_patches(config: RunConfig, device: Device, plan: StepPlan) -> NDArray[np.float64]:
-    """[shares] patches of whole pictures whose activations take as much memory.
+def patch_bytes(config: RunConfig, device: Device, elsewhere: float = 0.0) -> float:
+    """Bytes for one patch, kept or while it is computed again.
 
-    Not a share's own where several ranks share the picture: each has all keys and values.
+    Args:
+        config: the run.
+        device: what computes.
+        elsewhere: patches of the same picture that other ranks encode.
     """
-    own = plan.shares.patches.astype(np.float64)
-    elsewhere = plan.pictures.patches[plan.shares.picture] - own
-    patch = _needed(config, device)
-    if not patch:
-        return own
-    shared, more = (_needed(config, device, elsewhere=count) for count in (1.0, 2.0))
-    found = own * (2 * shared - more) + elsewhere * (more - shared)
-    return np.where(elsewhere > 0, found / patch, own)
-
-
-def _needed(config: RunConfig, device: Device, elsewhere: float = 0.0) -> float:
-    """Bytes for one patch, kept or while it is computed again."""
     saved = encoder_bytes(
         config.model,
         1,

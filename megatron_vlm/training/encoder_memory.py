@@ -8,7 +8,8 @@ from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.data.plan import StepPlan
 from megatron_vlm.engine.encode import Budget
 from megatron_vlm.planning.activations import Device
-from megatron_vlm.planning.vision_limits import encoder_patches, share_patches
+from megatron_vlm.planning.step_memory import share_patches
+from megatron_vlm.planning.vision_limits import encoder_patches
 
 
 def encoder_budget(config: RunConfig, device: Device) -> Callable[[StepPlan], Budget] | None:

@@ -263,8 +263,7 @@ class Run:
         seed_step(config.training.seed, iteration)
         rate = learning_rate(config, iteration)
         recorded = self._due(config.training.timeline_interval, iteration)
-        if recorded:
-            align_clocks(self.topology)
+        ahead = align_clocks(self.topology) if recorded else 0.0
         self.trainable.optimizer.zero_grad()
         result = self.step.train(loaded)
         with self.step.clock.span("optimizer"):
@@ -272,7 +271,7 @@ class Run:
         self._advance(loaded, norm)
         elapsed = time.perf_counter() - self._step_started
         if recorded:
-            record_timeline(self.step.clock.pieces(), self.topology, self.run_dir, iteration)
+            record_timeline(self.step.clock, ahead, self.topology, self.run_dir, iteration)
         return self._metrics(loaded, result, norm, rate, elapsed, self._waited)
 
     def _update(self, result: StepResult, rate: float) -> float:

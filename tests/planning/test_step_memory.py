@@ -15,8 +15,8 @@ from megatron_vlm.data.plan import StepPlan
 from megatron_vlm.errors import PlanError
 from megatron_vlm.planning.activations import encoder_bytes
 from megatron_vlm.planning.memory import Assumptions, memory_of_stage
-from megatron_vlm.planning.step_memory import StepMemoryModel, device_memory
-from megatron_vlm.planning.vision_limits import encoder_patches, share_patches
+from megatron_vlm.planning.step_memory import StepMemoryModel, device_memory, share_patches
+from megatron_vlm.planning.vision_limits import encoder_patches
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from tests.engine.plans import bare_layout, random_plan
 from tests.training_case import RECIPE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +15,12 @@ from megatron_vlm.cli.main import main
 from megatron_vlm.planning.recorded import read_timeline, recorded
 from megatron_vlm.planning.schedule import passes
 from megatron_vlm.planning.timeline import Event
+from megatron_vlm.platform import World, start_distributed
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from tests.nano_data import build_nano_data
 from tests.parallel.layouts import LAYOUTS
+from tests.ranks import run_ranks
+from tests.topology.words import resolved
 from tests.training_case import recipe, train_case
 
 
@@ -88,6 +92,28 @@ def test_every_pass_is_recorded(name: str, nano_data: Path, tmp_path: Path) -> N
             before = stage - 1 if kind == "forward" else stage + 1
             if 0 <= before < stages:
                 assert end > started[kind, before, number]
+
+
+def _ahead(world: World) -> float:
+    """Ranks in pairs on machines whose clocks are 1,000 seconds apart."""
+    from megatron_vlm.topology.mesh import build_topology
+    from megatron_vlm.training import timelines
+
+    machine = world.rank // 2
+    topology = build_topology(resolved("", world.world_size), start_distributed(world))
+    true_time = time.perf_counter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timelines, "_machine", lambda: machine)
+        patch.setattr(time, "perf_counter", lambda: true_time() + 1000.0 * machine)
+        return timelines.align_clocks(topology)
+
+
+@pytest.mark.distributed
+def test_clocks_of_two_machines() -> None:
+    ahead = run_ranks(4, _ahead)
+    assert ahead[:2] == [0.0, 0.0]
+    # Both ranks of the other machine by the same: they read one clock.
+    assert ahead[2] == ahead[3] == pytest.approx(1000.0, abs=0.5)
 
 
 @pytest.mark.distributed
