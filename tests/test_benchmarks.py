@@ -74,7 +74,7 @@ def test_vision_balance(tmp_path: Path) -> None:
         for ranks, bound in (("8", 1.02), ("256", 1.05), ("1024", 1.05)):
             assert 1 <= mixture[ranks]["ours"] <= bound
             assert mixture[ranks]["ours"] <= mixture[ranks]["whole_pictures"]
-            assert mixture[ranks]["in_turn"] > 1.5
+            assert mixture[ranks]["in_turn"] > 1.05 * mixture[ranks]["ours"]
     # Where every FLOP is as dear, only what is planned counts, and nothing is measured.
     assert all(use > 0.97 for use in result["mfu_of_text_only"]["every_flop_as_dear"].values())
     executed = result["real_processes"]["executed_on_8"]
