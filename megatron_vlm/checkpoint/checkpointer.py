@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.engine.trainable import Trainable
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.resilience import attempts
 
 
 @dataclass
@@ -132,8 +134,12 @@ def hold_run_dir(config: RunConfig) -> RunLock | None:
     """
     found: list[RunLock] = []
 
+    # The attempt before this one may be on a node that was cut off, and ends with its lease.
+    replaces = attempts.VARIABLE in os.environ
+    patience = 2 * config.resilience.node_timeout_s if replaces else 0.0
+
     def take() -> None:
-        found.append(RunLock(Path(config.run_dir)))
+        found.append(RunLock(Path(config.run_dir), patience))
 
     _agree(take if dist.get_rank() == 0 else lambda: None)
     return found[0] if found else None

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_vlm.checkpoint import folder
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.platform.results_queue import start_results_queue
+from megatron_vlm.resilience import attempts
 
 logger = logging.getLogger("megatron_vlm")
 
@@ -178,6 +179,7 @@ class _Finish:
             self._path / folder.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True)
         )
         root = self._writer._root
+        attempts.check_ours(root.parent)
         folder.commit(root, self._iteration)
         try:
             folder.remove_old(root, self._iteration, *self._writer._keep)

@@ -330,6 +330,32 @@ class CheckpointConfig(Section):
     """Refuse to go on from weights that were trained with another tokenizer than data.train's."""
 
 
+class ResilienceConfig(Section):
+    """When a supervised run (`mvlm submit`, `mvlm supervise`) has failed, and what is done then."""
+
+    beat_s: float = Field(1.0, gt=0)
+    """Seconds between the news of each node."""
+    node_timeout_s: float = Field(30.0, gt=0)
+    """Silence after which a node is given up and its ranks end themselves; at least 4 `beat_s`."""
+    hang_timeout_s: float = Field(300.0, gt=0)
+    """Longest time in which no rank enters another part of a step."""
+    start_timeout_s: float = Field(1800.0, gt=0)
+    """The same before the first step, and while a checkpoint is written or the model validated."""
+    max_restarts: int = Field(10, ge=0)
+    """Restarts in a row, without the run getting further than ever before."""
+    crash_loop: int = Field(3, gt=0)
+    """Failures with the same error at the same step that end the job, with a diagnosis."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ResilienceConfig:
+        if self.node_timeout_s < 4 * self.beat_s:
+            raise ValueError(
+                f"resilience.node_timeout_s {self.node_timeout_s:g} is less than four times "
+                f"beat_s {self.beat_s:g}: a little delay would cost a node; raise it"
+            )
+        return self
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -351,3 +377,5 @@ class RunConfig(Section):
     """Data sets and packing."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and loading."""
+    resilience: ResilienceConfig = ResilienceConfig()
+    """Watching and restarting."""

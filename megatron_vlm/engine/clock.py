@@ -17,6 +17,8 @@ from megatron.core.models.common.model_chunk_schedule_plan import (
     TransformerModelChunkSchedulePlan,
 )
 
+from megatron_vlm.resilience import heartbeat
+
 Activity = Literal[
     "encode",
     "exchange",
@@ -138,10 +140,17 @@ class StepClock:
     def _enter(self, span: _Open) -> None:
         self._cut()
         self._open.append(span)
+        self._tell()
 
     def _leave(self) -> None:
         self._cut()
         self._open.pop()
+        self._tell()
+
+    def _tell(self) -> None:
+        """To who watches over the run."""
+        labels = self._open[-1].labels if self._open else (("step", -1),)
+        heartbeat.enter(labels[0][0] if labels else "wait")
 
     def _cut(self) -> None:
         now = self._now()

@@ -45,6 +45,7 @@ from megatron_vlm.planning.vision_limits import encoder_patches, window_features
 from megatron_vlm.platform import World, detect_world, seed_step, start_distributed, stop
 from megatron_vlm.platform.memory import device_bytes, release_unused
 from megatron_vlm.platform.peak import peak_tflops
+from megatron_vlm.resilience import attempts, heartbeat
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
 from megatron_vlm.training.chat import chat_template
@@ -192,6 +193,7 @@ class Run:
                         validated = self._validate()
                         metrics |= validated
                     if writer is not None:
+                        attempts.check_ours(self.run_dir)
                         writer.write(metrics)
                         if progress.iteration % config.training.log_interval == 0:
                             world = self.topology.layout.world_size
@@ -211,6 +213,7 @@ class Run:
             # Inside, since signals come more than once: a second one must not end the save.
             if saved_at != progress.iteration:
                 self._save()
+            heartbeat.enter("save")
             self.checkpointer.close()
         if writer is not None:
             writer.close()
@@ -218,11 +221,16 @@ class Run:
             self._lock.release()
         self.interrupted = request.received == signal.SIGINT
         if self.is_main:
+            if ended or progress.iteration >= total:
+                attempts.mark_finished(self.run_dir, progress.iteration)
             self._farewell(asked and progress.iteration < total, ended, started_at)
         return progress
 
     def _save(self) -> None:
+        heartbeat.enter("save")
         started = time.perf_counter()
+        if self.is_main:
+            attempts.check_ours(self.run_dir)
         self.checkpointer.save(self.trainable, self.progress)
         if self.is_main:
             how = "being saved" if self.config.checkpoint.async_save else "saved"
@@ -246,6 +254,7 @@ class Run:
 
     def _next(self, loader: StepLoader) -> LoadedStep | None:
         """The next step, without what could not be read; null where the data have ended."""
+        heartbeat.enter("data", self.progress.iteration + 1)
         self._step_started, waited = time.perf_counter(), loader.wait_seconds
         loaded = next(loader, None)
         self._waited = loader.wait_seconds - waited
@@ -360,6 +369,7 @@ class Run:
     def _validate(self) -> dict[str, float]:
         if not self.held_out:
             return {}
+        heartbeat.enter("validate")
         return validate(self.config, self.step, self.held_out, self.decoder, self.view)
 
     def _loader(self) -> StepLoader:

@@ -1,0 +1,105 @@
+"""Which ranks hold a run up: found in what all ranks told last."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+SLOW_PHASES = frozenset({"", "start", "load", "save", "validate"})
+"""Phases whose length is not that of a part of a step."""
+
+_FROZEN_SECONDS = 6.0
+"""A rank whose main thread was not looked at for so long does not run at all, or holds the
+interpreter's lock."""
+
+
+class Beat(NamedTuple):
+    """What one rank told, as its agent passed it on."""
+
+    step: int
+    entered: int
+    """Phases entered since the start."""
+    age: float
+    """Seconds since the last was entered."""
+    phase: str
+    look_age: float
+    """Seconds since its main thread was last looked at."""
+    waits: bool
+    place: str
+
+
+class Hang(NamedTuple):
+    """A run that does not move."""
+
+    seconds: float
+    """Since any rank entered a phase."""
+    culprits: tuple[int, ...]
+    """Ranks that the others wait for; empty where that cannot be told."""
+    why: str
+    """How they are told from the others."""
+
+
+def find_hang(beats: Mapping[int, Beat], step_seconds: float, slow_seconds: float) -> Hang | None:
+    """Whether no rank has moved for too long, and who then keeps the others.
+
+    Ranks of one run wait for each other in every step: when one stays behind all stop soon.
+
+    Args:
+        beats: of every rank.
+        step_seconds: allowed without any rank entering a phase.
+        slow_seconds: the same while any is in one of `SLOW_PHASES`.
+    """
+    if not beats:
+        return None
+    slow = any(beat.phase in SLOW_PHASES for beat in beats.values())
+    still = min(beat.age for beat in beats.values())
+    if still <= (slow_seconds if slow else step_seconds):
+        return None
+    return Hang(still, *culprits(beats))
+
+
+def culprits(beats: Mapping[int, Beat]) -> tuple[tuple[int, ...], str]:
+    """Ranks that the others wait for, and how that is known."""
+    frozen = [rank for rank, beat in beats.items() if beat.look_age > _FROZEN_SECONDS]
+    if frozen and len(frozen) < len(beats):
+        return tuple(frozen), "the process does not run"
+    behind = min(beat.step for beat in beats.values())
+    late = [rank for rank, beat in beats.items() if beat.step == behind]
+    if len(late) < len(beats):
+        return tuple(late), f"still in step {behind}, others are further"
+    busy = [rank for rank, beat in beats.items() if not beat.waits]
+    if busy and len(busy) < len(beats):
+        return tuple(busy), "all others wait for ranks"
+    places = Counter(beat.place for beat in beats.values())
+    place, fewest = min(places.items(), key=lambda item: item[1])
+    odd = [rank for rank, beat in beats.items() if beat.place == place]
+    if fewest < len(beats) / 2:
+        return tuple(odd), "waits elsewhere than the others"
+    return (), "all ranks wait, and none in another place than most"
+
+
+class Stragglers:
+    """Ranks whose own work takes longer than their peers', step after step.
+
+    Only work counts, not waiting: who waits is not slow.
+    """
+
+    def __init__(self, ratio: float, steps: int) -> None:
+        """Slow is above `ratio` times the median, in each of `steps` steps in a row."""
+        self._ratio, self._steps = ratio, steps
+        self._in_a_row: Counter[int] = Counter()
+
+    def look(self, work_seconds: Mapping[int, float]) -> list[int]:
+        """Take one step's seconds of work by rank; the ranks that have just become stragglers."""
+        ordered = sorted(work_seconds.values())
+        median = ordered[len(ordered) // 2]
+        found = []
+        for rank, seconds in work_seconds.items():
+            if seconds <= self._ratio * median:
+                self._in_a_row[rank] = 0
+                continue
+            self._in_a_row[rank] += 1
+            if self._in_a_row[rank] == self._steps:
+                found.append(rank)
+        return found
