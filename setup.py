@@ -1,8 +1,9 @@
 """What the package is and needs. Tools are configured in pyproject.toml, exact versions are in
 constraints.txt.
 
-The shipped recipes and models live in top-level `configs/`, where people look for them; a wheel
-gets a copy of them inside the package, because nothing outside of it is installed.
+The shipped recipes and models live in top-level `configs/`, and the batch script in `slurm/`, where
+people look for them; a wheel gets a copy of them inside the package, because nothing outside of it
+is installed.
 """
 
 import ast
@@ -72,22 +73,25 @@ EXTRAS = {
 }
 
 
-class BuildWithConfigs(build_py):
-    """Adds `configs/**/*.yaml` to the package as `megatron_vlm/configs/`."""
+SHIPPED = ["configs/**/*.yaml", "slurm/train.sbatch"]
+
+
+class BuildWithShipped(build_py):
+    """Adds the files of `SHIPPED` to the package, as `megatron_vlm/configs/` and so on."""
 
     def run(self) -> None:
         super().run()
         # An editable install reads the checkout's own files.
         if not self.editable_mode:
-            for source, target in self._configs():
+            for source, target in self._shipped():
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
                 self.copy_file(str(source), target)
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        return super().get_outputs(include_bytecode) + [target for _, target in self._configs()]
+        return super().get_outputs(include_bytecode) + [target for _, target in self._shipped()]
 
-    def _configs(self) -> list[tuple[Path, str]]:
-        files = sorted((ROOT / "configs").rglob("*.yaml"))
+    def _shipped(self) -> list[tuple[Path, str]]:
+        files = sorted(path for pattern in SHIPPED for path in ROOT.glob(pattern))
         package = Path(self.build_lib) / "megatron_vlm"
         return [(path, str(package / path.relative_to(ROOT))) for path in files]
 
@@ -123,7 +127,7 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mvlm=megatron_vlm.cli.main:main"]},
-    cmdclass={"build_py": BuildWithConfigs},
+    cmdclass={"build_py": BuildWithShipped},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

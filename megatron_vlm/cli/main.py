@@ -31,6 +31,8 @@ COMMANDS = {
     "plan": "predict the memory of a recipe on a number of devices, without a GPU",
     "train": "train: the process that torchrun, srun or mpirun starts for each device",
     "launch": "start a training run on this machine, one process for each device",
+    "submit": "send a training run to Slurm as a job that recovers by itself",
+    "status": "show how a supervised run is doing, and what has happened to it",
     "supervise": "run on the nodes of a Slurm job, and start again whatever fails",
     "agent": "start and watch the ranks of one node: what supervise starts everywhere",
     "timeline": "draw what every rank did in a step that a run has recorded",

@@ -14,15 +14,25 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def configs_dir() -> Path:
-    """The folder that holds `recipes/` and `models/`.
+    """The folder that holds `recipes/` and `models/`."""
+    return _shipped("configs")
+
+
+def batch_script() -> Path:
+    """The Slurm batch script that trains a recipe."""
+    return _shipped("slurm") / "train.sbatch"
+
+
+def _shipped(name: str) -> Path:
+    """A top-level folder of files that ship with the package.
 
     A wheel carries it inside the package; a checkout (and so an editable install) keeps it
     beside the package. The package's own comes first: beside an installed package lie the
     folders of strangers.
     """
     package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 def find_recipes() -> list[str]:

@@ -13,6 +13,8 @@ _STOP_SECONDS = 10.0
 
 
 def _agent_command() -> list[str]:
+    if "MVLM_AGENT" in os.environ:  # In a container, whose paths are others.
+        return [os.environ["MVLM_AGENT"], "agent"]
     package = Path(__file__).resolve().parents[2]
     # A file of the working directory, say rich.py, must not stand in for a package.
     safe_path = [] if package == Path.cwd() else ["-P"]
