@@ -10,7 +10,7 @@ from collections.abc import Generator
 
 import pytest
 
-SETS = ("unit", "distributed", "gpu")
+SETS = ("unit", "distributed", "gpu", "cluster")
 """Each test bears at least one of these markers; `slow` comes on top."""
 
 ALLOWED_REASONS = (
@@ -19,7 +19,6 @@ ALLOWED_REASONS = (
     "needs Apex",
     "needs DALI",
     "needs MPI",
-    "needs Slurm",
 )
 """Beginnings of the reasons for which a test may be skipped in CI: what `make setup` cannot
 install. Any other skip there is a failure, since a test that never runs proves nothing."""

@@ -38,7 +38,7 @@ class Agent:
         self._beat_s = self._lease_s = 1.0
         self._template: _TemplateProcess | None = None
         self._running: dict[int, dict[str, Any]] = {}
-        self._dismissed = False
+        self._dismissed = self._asked = False
 
     async def run(self, host: str, port: int, secret: str, patience: float) -> int:
         """Serve until dismissed, or until nobody has answered for `patience` seconds."""
@@ -48,6 +48,9 @@ class Agent:
         deadline = time.monotonic() + patience
         try:
             while not self._dismissed and time.monotonic() < deadline:
+                if self._asked:
+                    # Nobody is left to decide, and Slurm wants the node back.
+                    break
                 try:
                     line = await asyncio.wait_for(open_line(host, port, secret), 5.0)
                 except (OSError, Refused, TimeoutError):
@@ -198,7 +201,8 @@ class Agent:
                 pass  # The connection's own loops notice.
 
     def _signalled(self, number: int) -> None:
-        # Sent to the whole step by Slurm: the supervisor decides what it means.
+        # Sent to the whole step by Slurm: the supervisor decides what it means, if there is one.
+        self._asked = True
         asyncio.get_running_loop().create_task(self._tell("signalled", number=number))
 
     def _interface(self) -> str | None:

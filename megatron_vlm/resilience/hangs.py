@@ -61,21 +61,25 @@ def find_hang(beats: Mapping[int, Beat], step_seconds: float, slow_seconds: floa
 
 def culprits(beats: Mapping[int, Beat]) -> tuple[tuple[int, ...], str]:
     """Ranks that the others wait for, and how that is known."""
+    told = list(beats.values())
     frozen = [rank for rank, beat in beats.items() if beat.look_age > _FROZEN_SECONDS]
     if frozen and len(frozen) < len(beats):
         return tuple(frozen), "the process does not run"
-    behind = min(beat.step for beat in beats.values())
+    behind = min(beat.step for beat in told)
     late = [rank for rank, beat in beats.items() if beat.step == behind]
     if len(late) < len(beats):
         return tuple(late), f"still in step {behind}, others are further"
     busy = [rank for rank, beat in beats.items() if not beat.waits]
     if busy and len(busy) < len(beats):
         return tuple(busy), "all others wait for ranks"
-    places = Counter(beat.place for beat in beats.values())
-    place, fewest = min(places.items(), key=lambda item: item[1])
-    odd = [rank for rank, beat in beats.items() if beat.place == place]
-    if fewest < len(beats) / 2:
-        return tuple(odd), "waits elsewhere than the others"
+    # A collective that others are not in keeps its rank for ever, wherever they are by then.
+    for what, key in (
+        ("in another collective than the others", [b.place.partition(" in ")[0] for b in told]),
+        ("waits elsewhere than the others", [b.place for b in told]),
+    ):
+        (odd, count), *others = Counter(key).most_common()[::-1]
+        if others and count < len(told) / 2 and (len(others) < 2 or others[0][1] > count):
+            return tuple(r for r, place in zip(beats, key, strict=True) if place == odd), what
     return (), "all ranks wait, and none in another place than most"
 
 

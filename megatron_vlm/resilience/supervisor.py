@@ -370,9 +370,13 @@ class Supervisor:
             }
             for rank in hang.culprits
         ]
+        where: dict[str, list[int]] = {}
+        for rank, beat in sorted(beats.items()):
+            waits = ", waits" if beat.waits else ""
+            where.setdefault(f"step {beat.step} {beat.phase}{waits}: {beat.place}", []).append(rank)
         self._tell(
             "hang", attempt=attempt.number, still_s=round(hang.seconds, 1), culprits=told,
-            why=hang.why, stacks=str(self._stacks(attempt, 0).parent),
+            why=hang.why, where=where, stacks=str(self._stacks(attempt, 0).parent),
         )  # fmt: skip
         places = sorted(f"{beats[rank].phase} {beats[rank].place}" for rank in hang.culprits)
         step = self._furthest(attempt)

@@ -252,6 +252,24 @@ class Cluster:
         """Mend a node's network."""
         _run("ip", "link", "set", self._link(node), "up")
 
+    def mend_all(self) -> None:
+        """End all jobs, and bring every node and the controller back."""
+        if "UP" not in self.slurm("scontrol", "ping", check=False):
+            self.start_controller()
+        self.slurm("scancel", "--user=root", check=False)
+        for node in self.nodes:
+            self.mend(node)
+            pid_file = self.folder / "spool" / f"{node}.unshare"
+            if not pid_file.exists():
+                self.on(node)
+        self._await(lambda: not self.slurm("squeue", "-h").strip(), 60, "jobs to end")
+        bad = set(self.nodes) - set(self.states("idle"))
+        for node in bad:
+            self.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        self._await(
+            lambda: len(self.states("idle")) == len(self.nodes), 60, "nodes to be idle again"
+        )
+
     def run_in(self, node: str, *command: str, check: bool = True) -> str:
         """Run a command inside a node; its output."""
         outer = (self.folder / "spool" / f"{node}.unshare").read_text()

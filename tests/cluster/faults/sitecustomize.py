@@ -1,0 +1,71 @@
+"""Breaks a rank once, where a test says so in MVLM_TEST_FAULT: `KIND RANK STEP FLAG`.
+
+Python imports this module at its start when the folder is on PYTHONPATH, so the program under test
+knows nothing of it. FLAG is a file: the rank that breaks makes it, and no rank breaks once it is
+there. Ranks are forked from a process that has imported everything, so what breaks them is put in
+place after the fork.
+"""
+
+import os
+import sys
+import time
+
+_FAULT = os.environ.get("MVLM_TEST_FAULT", "")
+
+
+def _break_rank():
+    if "megatron_vlm.training.loop" not in sys.modules:
+        return
+    from megatron_vlm.resilience import heartbeat
+
+    kind, rank, step, flag = _FAULT.split()
+    enter = heartbeat.enter
+
+    def enter_and_break(phase, number=None):
+        enter(phase, number)
+        if _due(phase, number):
+            open(flag, "x").close()
+            _KINDS[kind]()
+
+    at = {"step": 0}
+
+    def _due(phase, number):
+        at["step"] = at["step"] if number is None else number
+        here = os.environ.get("RANK") == rank and at["step"] == int(step)
+        return here and phase == _PHASES[kind] and not os.path.exists(flag)
+
+    heartbeat.enter = enter_and_break
+
+
+def _hang_in_a_collective():
+    import torch.distributed as dist
+
+    # One that the other ranks are not in.
+    dist.barrier()
+
+
+def _hang_in_the_loader():
+    time.sleep(1e6)
+
+
+def _die_while_saving():
+    import threading
+
+    # A moment later: files are there by then, the checkpoint is not.
+    threading.Timer(0.05, lambda: os.kill(os.getpid(), 9)).start()
+
+
+def _fail():
+    raise RuntimeError("a fault of the code itself")
+
+
+_KINDS = {
+    "collective": _hang_in_a_collective,
+    "loader": _hang_in_the_loader,
+    "save": _die_while_saving,
+    "raise": _fail,
+}
+_PHASES = {"collective": "reduce", "loader": "data", "save": "save", "raise": "optimizer"}
+
+if _FAULT:
+    os.register_at_fork(after_in_child=_break_rank)
