@@ -19,11 +19,12 @@ from typing import Any
 
 import psutil
 
-from megatron_vlm.resilience import heartbeat
+from megatron_vlm.resilience import heartbeat, slurm
 from megatron_vlm.resilience.protocol import ADDRESS, SECRET, Line, Refused, open_line
 from megatron_vlm.resilience.template import STACKS_SIGNAL
 
 _RETRY_SECONDS = 0.5
+_RESCUE_SECONDS = 2.0
 _LAST_LINES, _LAST_BYTES = 20, 1 << 14
 
 
@@ -39,6 +40,7 @@ class Agent:
         self._template: _TemplateProcess | None = None
         self._running: dict[int, dict[str, Any]] = {}
         self._dismissed = self._asked = False
+        self._next_rescue = 0.0
 
     async def run(self, host: str, port: int, secret: str, patience: float) -> int:
         """Serve until dismissed, or until nobody has answered for `patience` seconds."""
@@ -54,7 +56,7 @@ class Agent:
                 try:
                     line = await asyncio.wait_for(open_line(host, port, secret), 5.0)
                 except (OSError, Refused, TimeoutError):
-                    await asyncio.sleep(_RETRY_SECONDS)
+                    await asyncio.gather(asyncio.sleep(_RETRY_SECONDS), self._rescue(host))
                     continue
                 await self._serve(line)
                 await self._clear()
@@ -63,6 +65,23 @@ class Agent:
             if self._template is not None:
                 await self._template.close()
         return 0 if self._dismissed else 1
+
+    async def _rescue(self, host: str) -> None:
+        """Have the job started again when the supervisor's node is down.
+
+        Slurm lets a job with --no-kill run on without its batch script, to the time limit.
+        """
+        job, now = slurm.own_job(), time.monotonic()
+        if job is None or self._asked or now < self._next_rescue:
+            return
+        self._next_rescue = now + _RESCUE_SECONDS
+        try:
+            if await asyncio.to_thread(slurm.is_down, host):
+                await asyncio.to_thread(slurm.requeue, job)
+                print(f"{self.node}: {host} is down; job {job} requeued", flush=True)
+                self._asked = True
+        except slurm.SlurmError as error:
+            print(f"{self.node}: no supervisor, and {error}", flush=True)
 
     async def _serve(self, line: Line) -> None:
         """One connection, until it breaks, the lease runs out or the supervisor says goodbye."""

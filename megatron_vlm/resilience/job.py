@@ -120,15 +120,14 @@ def _leave(outcome: Outcome, stop_signal: int | None, job: str | None, run_dir: 
             print(f"mvlm: error: {outcome.why}", file=sys.stderr)
             return FAILED
         return INTERRUPTED if stop_signal == signal.SIGINT else 0
-    if stop_signal == signal.SIGTERM and _is_cancelled(job):
+    if stop_signal == signal.SIGTERM and _is_ended(job):
         return 0
     return _requeue(outcome, job, run_dir)
 
 
-def _is_cancelled(job: str) -> bool:
-    """Whether a person has cancelled the job; else it was preempted, or its time is up."""
+def _is_ended(job: str) -> bool:
     try:
-        return slurm.job_state(job) in ("CANCELLED", "")
+        return slurm.is_ended(job)
     except slurm.SlurmError:
         return False
 

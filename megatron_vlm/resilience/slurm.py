@@ -48,13 +48,23 @@ def job_state(job: str) -> str:
         SlurmError: Slurm did not answer.
     """
     try:
-        told = ask("scontrol", "show", "job", "--oneliner", job)
+        return _shown("job", job).get("JobState", "")
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return ""
         raise
-    fields = dict(word.partition("=")[::2] for word in told.split())
-    return fields.get("JobState", "")
+
+
+def is_ended(job: str) -> bool:
+    """Whether Slurm ends a job for good: cancelled, say, and not preempted or out of time.
+
+    Raises:
+        SlurmError: Slurm did not answer.
+    """
+    told = _shown("job", job)
+    # While a job's processes end its state says no more than that.
+    ending = told.get("JobState") in ("CANCELLED", "COMPLETING")
+    return ending and told.get("Reason") != "TimeLimit"
 
 
 def is_live(job: str) -> bool:
@@ -67,12 +77,29 @@ def is_live(job: str) -> bool:
     return job_state(job) in live
 
 
-def requeue(job: str) -> None:
-    """Have a job started again from its beginning; Slurm then ends this one.
+def is_down(node: str) -> bool:
+    """Whether Slurm has given a node up.
 
     Raises:
-        SlurmError: Slurm does not.
+        SlurmError: Slurm did not answer, or knows no such node.
     """
+    return "DOWN" in _shown("node", node).get("State", "")
+
+
+def _shown(kind: str, name: str) -> dict[str, str]:
+    told = ask("scontrol", "show", kind, "--oneliner", name)
+    return dict(word.partition("=")[::2] for word in told.split())
+
+
+def requeue(job: str) -> None:
+    """Have this process's job started again from its beginning; Slurm then ends this one.
+
+    Raises:
+        SlurmError: Slurm does not, or it has done so already: who was cut off may come too late.
+    """
+    started, mine = _shown("job", job).get("Restarts"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if started != mine:
+        raise SlurmError(f"job {job} has been started again without this process")
     ask("scontrol", "requeue", job)
 
 

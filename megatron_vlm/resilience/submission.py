@@ -69,6 +69,9 @@ def write_script(request: Request, recipe: str, overrides: Sequence[str], logs: 
     ):
         if value is not None:
             options[name] = value
+    if request.nodes + request.spares == 1:
+        # Nobody would be left to requeue it.
+        options["--no-kill"] = "off"
     lines = [_directive(f"{name}={value}") for name, value in options.items()]
     lines += [_directive(option) for option in request.options]
     settings = [

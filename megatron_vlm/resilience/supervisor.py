@@ -127,7 +127,6 @@ class Supervisor:
         self._nodes: dict[str, Node] = {}
         self._avoided: set[str] = set()
         self._policy = RestartPolicy(settings.max_restarts, settings.crash_loop)
-        self._remember()
         self._attempt: _Attempt | None = None
         self._changed = asyncio.Event()
         self._stop_signal: int | None = None
@@ -135,6 +134,7 @@ class Supervisor:
         self._restarts = 0
         self._server: asyncio.Server | None = None
         self._state = "starting"
+        self._remember()
 
     def _remember(self) -> None:
         """What this job did before it was requeued counts on."""

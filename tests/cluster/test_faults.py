@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.job import Job, Result
+from tests.cluster.job import STEPS, Job, Result
 
 pytestmark = pytest.mark.cluster
 
@@ -65,12 +65,15 @@ def test_a_node_is_lost(which: str, how: str, job: Job, undisturbed: Result, clu
 
 
 def test_the_time_is_up(job: Job, undisturbed: Result, cluster: Any) -> None:
-    # The limit is counted in minutes, and looked at rarely: the signal comes at once.
-    job.sent("--time", "1", "--warning", "59")
+    # Slurm looks at limits every half a minute, and warns up to a minute early.
+    job.sent("--time", "1", "--warning", "5", fault="slow 0 10")
     job.until_event("requeue", seconds=120)
     assert job.events("asked to stop")[0]["signal"] == "SIGUSR1"
+    stopped_at = job.iteration()
+    assert 10 < stopped_at < STEPS
     cluster.slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
     job.until_finished()
+    assert [e["step"] for e in job.events("training")] == [1, stopped_at + 1]
     job.result().assert_equal(undisturbed)
 
 

@@ -31,7 +31,8 @@ def _break_rank():
 
     def _due(phase, number):
         at["step"] = at["step"] if number is None else number
-        here = os.environ.get("RANK") == rank and at["step"] == int(step)
+        reached = at["step"] >= int(step) if kind == "slow" else at["step"] == int(step)
+        here = os.environ.get("RANK") == rank and reached
         return here and phase == _PHASES[kind] and not os.path.exists(flag)
 
     heartbeat.enter = enter_and_break
@@ -55,6 +56,12 @@ def _die_while_saving():
     threading.Timer(0.05, lambda: os.kill(os.getpid(), 9)).start()
 
 
+def _slow():
+    # From here on, and so the flag is not for this one.
+    os.unlink(_FAULT.split()[3])
+    time.sleep(1.0)
+
+
 def _fail():
     raise RuntimeError("a fault of the code itself")
 
@@ -64,8 +71,15 @@ _KINDS = {
     "loader": _hang_in_the_loader,
     "save": _die_while_saving,
     "raise": _fail,
+    "slow": _slow,
 }
-_PHASES = {"collective": "reduce", "loader": "data", "save": "save", "raise": "optimizer"}
+_PHASES = {
+    "collective": "reduce",
+    "loader": "data",
+    "save": "save",
+    "raise": "optimizer",
+    "slow": "optimizer",
+}
 
 if _FAULT:
     os.register_at_fork(after_in_child=_break_rank)
