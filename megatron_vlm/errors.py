@@ -21,6 +21,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files are not as they were written."""
+
+
 class ConversionError(UserError):
     """Weights or a config.json that have no exact counterpart on the other side."""
 

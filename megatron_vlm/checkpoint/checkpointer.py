@@ -32,7 +32,7 @@ from megatron_vlm.config import ModelConfig, RunConfig, dump_yaml, with_absolute
 from megatron_vlm.data.template_text import TemplateText
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.engine.trainable import Trainable
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.errors import CheckpointError, DamagedCheckpoint
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.resilience import attempts
 
@@ -232,6 +232,36 @@ def _check_stream(path: Path, saved: dict[str, Any], stream: dict[str, Any]) -> 
             )
 
 
+def fall_back(config: RunConfig, error: DamagedCheckpoint) -> str:
+    """Set the newest checkpoint of `run_dir` aside, so that the one before it is; collective.
+
+    Args:
+        config: the run.
+        error: what was found when it was loaded.
+
+    Returns:
+        What was done, for the log.
+
+    Raises:
+        DamagedCheckpoint: there is none before it, or `checkpoint.fall_back` is off.
+    """
+    root, done = Path(config.run_dir) / "checkpoints", [""]
+
+    def set_aside() -> None:
+        iterations = folder.list_iterations(root)
+        if len(iterations) < 2 or not config.checkpoint.fall_back:
+            raise error
+        number = int(folder.find_checkpoint(root).name.rpartition("_")[2])
+        if number == iterations[0]:
+            raise error
+        kept = folder.set_aside(root, number)
+        done[0] = f"{error}; it is kept as {kept.name}, and the one before it is taken"
+
+    _agree(set_aside if dist.get_rank() == 0 else lambda: None)
+    dist.broadcast_object_list(done, src=0)
+    return done[0]
+
+
 def load_run(path: Path, trainable: Trainable, config: RunConfig, optimizer: bool) -> Progress:
     """Load a checkpoint of any layout into a model being trained; collective.
 
@@ -283,7 +313,7 @@ def _checked(path: Path, config: RunConfig, optimizer: bool) -> tuple[Path, dict
                 verify_index(checkpoint)
             state = folder.read_state(checkpoint)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{_others(checkpoint)}") from error
+            raise type(error)(f"{error}{_others(checkpoint)}") from error
         _check_model(checkpoint, state, config)
         if optimizer:
             _check_optimizer(checkpoint, state, config)
@@ -310,17 +340,18 @@ def _others(checkpoint: Path) -> str:
 def _agree(check: Callable[[], None]) -> None:
     """Run `check` on every rank; a failure on one is raised on all."""
     failure: str | None = None
+    damaged = False
     try:
         check()
     except (CheckpointError, OSError) as error:
-        failure = str(error)
+        failure, damaged = str(error), isinstance(error, DamagedCheckpoint)
     except Exception as error:  # the others wait for this rank's word, whatever happened
         failure = f"{type(error).__name__}: {error}"
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    first = next((text for text in failures if text is not None), None)
-    if first is not None:
-        raise CheckpointError(first)
+    failures: list[tuple[str | None, bool]] = [(None, False)] * dist.get_world_size()
+    dist.all_gather_object(failures, (failure, damaged))
+    for text, is_damaged in failures:
+        if text is not None:
+            raise (DamagedCheckpoint if is_damaged else CheckpointError)(text)
 
 
 def _check_model(path: Path, state: dict[str, Any], config: RunConfig) -> None:

@@ -22,7 +22,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.errors import CheckpointError, DamagedCheckpoint
 
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -141,6 +141,21 @@ def commit(root: Path, iteration: int) -> Path:
     return final
 
 
+def set_aside(root: Path, iteration: int) -> Path:
+    """Take a damaged checkpoint out of the way, and let the one before it be the latest.
+
+    Returns:
+        Where it lies now.
+    """
+    kept = root / f"damaged-{checkpoint_name(iteration)}"
+    shutil.rmtree(kept, ignore_errors=True)
+    os.rename(root / checkpoint_name(iteration), kept)
+    sync(root)
+    before = max(found for found in list_iterations(root) if found < iteration)
+    write_atomically(root / LATEST, f"{before}\n")
+    return kept
+
+
 def remove_old(
     root: Path, iteration: int, keep_last: int | None, keep_every: int | None
 ) -> list[int]:
@@ -208,7 +223,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict) or not all(
         isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
     ):
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{path / MANIFEST}: lists no sizes and digests; the checkpoint is damaged, use another"
         )
     return files
@@ -237,9 +252,11 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no mapping")
         return found
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; the checkpoint is damaged, use another") from None
+        raise DamagedCheckpoint(
+            f"{path}: missing; the checkpoint is damaged, use another"
+        ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{path}: cannot be read ({error}); the checkpoint is damaged, use another"
         ) from None
 

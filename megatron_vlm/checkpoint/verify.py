@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, ClassVar
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_vlm.checkpoint.folder import digest, read_manifest
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.errors import CheckpointError, DamagedCheckpoint
 
 # torch.distributed.checkpoint keeps its index (names, shapes, offsets) as a pickle. It may refer to
 # these records, enumerations and types and nothing else: none of them runs code of the pickle's
@@ -53,7 +53,7 @@ def verify_files(path: Path, share: int = 0, shares: int = 1, contents: bool = T
         except OSError as error:
             fault = f"cannot be read ({error.strerror})"
         if fault is not None:
-            raise CheckpointError(f"{file}: {fault}; the checkpoint is damaged, use another")
+            raise DamagedCheckpoint(f"{file}: {fault}; the checkpoint is damaged, use another")
 
 
 def _fault(file: Path, entry: dict[str, Any], contents: bool) -> str | None:
@@ -89,7 +89,7 @@ def read_index(path: Path) -> Metadata:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle fails in any way it likes
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{file}: cannot be read ({error}); the checkpoint is damaged, use another"
         ) from None
     if odd:

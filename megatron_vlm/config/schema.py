@@ -322,6 +322,8 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this many steps are never removed."""
     verify_on_load: bool = True
     """Compare every file's SHA-256 with the manifest before loading (sizes always are)."""
+    fall_back: bool = True
+    """When the newest checkpoint of run_dir is damaged, go on from the newest that is not."""
     load: str | None = None
     """A checkpoint or run folder to start from when run_dir holds none."""
     load_optimizer: bool = True

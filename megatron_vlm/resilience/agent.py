@@ -24,6 +24,7 @@ from megatron_vlm.resilience.protocol import ADDRESS, SECRET, Line, Refused, ope
 from megatron_vlm.resilience.template import STACKS_SIGNAL
 
 _RETRY_SECONDS = 0.5
+_FIRST_BEAT_SECONDS = 0.1
 _RESCUE_SECONDS = 2.0
 _LAST_LINES, _LAST_BYTES = 20, 1 << 14
 
@@ -36,7 +37,7 @@ class Agent:
         self.node, self._folder = node, folder
         self._line: Line | None = None
         self._heard = 0.0
-        self._beat_s = self._lease_s = 1.0
+        self._beat_s, self._lease_s = _FIRST_BEAT_SECONDS, 1.0
         self._template: _TemplateProcess | None = None
         self._running: dict[int, dict[str, Any]] = {}
         self._dismissed = self._asked = False

@@ -69,7 +69,7 @@ def culprits(beats: Mapping[int, Beat]) -> tuple[tuple[int, ...], str]:
     late = [rank for rank, beat in beats.items() if beat.step == behind]
     if len(late) < len(beats):
         return tuple(late), f"still in step {behind}, others are further"
-    busy = [rank for rank, beat in beats.items() if not beat.waits]
+    busy = [rank for rank, beat in beats.items() if not beat.waits and beat.phase != "wait"]
     if busy and len(busy) < len(beats):
         return tuple(busy), "all others wait for ranks"
     # A collective that others are not in keeps its rank for ever, wherever they are by then.

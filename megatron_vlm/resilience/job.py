@@ -56,6 +56,7 @@ def supervise(
         training_program(config, recipe, overrides, ranks_per_node),
         starter,
         nodes,
+        spares,
         ranks_per_node,
         job,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import signal
 import time
@@ -30,6 +31,7 @@ _POLL_SECONDS = 0.1
 _STATUS_SECONDS = 1.0
 _FOLLOW_SECONDS = 0.5
 _STACKS_SECONDS = 1.0
+_SPARES_SECONDS = 5.0
 _PEER_SECONDS = 2.0
 """After a rank has failed, for others to say why; the first error is often not the first seen."""
 
@@ -117,13 +119,14 @@ class Supervisor:
         program: Program,
         starter: Starter,
         nodes: int,
+        spares: int,
         ranks_per_node: int,
         job: str | None,
     ) -> None:
         """Of a run that needs `nodes` nodes with `ranks_per_node` ranks each."""
         self.run_dir, self._settings, self._program = run_dir, settings, program
         self._starter, self._needed, self._per_node = starter, nodes, ranks_per_node
-        self._job = job
+        self._job, self._spares = job, spares
         self._nodes: dict[str, Node] = {}
         self._avoided: set[str] = set()
         self._policy = RestartPolicy(settings.max_restarts, settings.crash_loop)
@@ -213,6 +216,7 @@ class Supervisor:
         self._state = "waiting for nodes"
         deadline = time.monotonic() + self._settings.start_timeout_s
         patience = time.monotonic() + self._settings.node_timeout_s
+        enough_at: float | None = None
         while True:
             if self._stop_signal is not None:
                 return Outcome("stopped", "before the ranks were started")
@@ -222,9 +226,13 @@ class Supervisor:
                 # An avoided node is better than none.
                 good += [n for n in self._nodes.values() if n.ready and n.name in self._avoided]
             last = self._attempt.nodes if self._attempt is not None else []
-            if len(good) >= self._needed:
+            if len(good) >= self._needed and enough_at is None:
+                enough_at = now
+            # At first a moment more, so that ranks lie in the order of nodes if they can.
+            early = self._attempt is None and len(good) < self._needed + self._spares
+            if enough_at is not None and not (early and now < enough_at + _SPARES_SECONDS):
                 order = {name: number for number, name in enumerate(last)}
-                good.sort(key=lambda node: (order.get(node.name, len(order)), node.name))
+                good.sort(key=lambda n: (order.get(n.name, len(order)), _natural(n.name)))
                 return good[: self._needed]
             connected = len(self._nodes)
             lost = self._attempt is not None and connected < self._needed and now > patience
@@ -318,6 +326,11 @@ class Supervisor:
                     return Failure("could not start", attempt.furthest, "no sign of all ranks")
                 continue
             hang = find_hang(beats, self._settings.hang_timeout_s, self._settings.start_timeout_s)
+            if hang is not None and attempt.ended:
+                gone = tuple(sorted(attempt.ended))
+                names = tuple(sorted({attempt.ended[rank].node for rank in gone}))
+                said = "left as if the run had ended, others wait"
+                return Failure("rank died", self._furthest(attempt), said, gone, names)
             if hang is not None:
                 return await self._hung(attempt, hang, beats)
 
@@ -586,6 +599,12 @@ class Supervisor:
                 await asyncio.wait_for(self._changed.wait(), seconds)
             except TimeoutError:
                 pass
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts node9 before node10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def _own_name() -> str:

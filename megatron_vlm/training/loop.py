@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_vlm.checkpoint.checkpointer import (
     Checkpointer,
     Progress,
+    fall_back,
     find_start,
     hold_run_dir,
     load_model,
@@ -35,7 +36,7 @@ from megatron_vlm.engine.objective import Objective, build_objective
 from megatron_vlm.engine.routers import update_bias
 from megatron_vlm.engine.step import StepResult, TrainStep
 from megatron_vlm.engine.trainable import make_trainable
-from megatron_vlm.errors import UserError
+from megatron_vlm.errors import DamagedCheckpoint, UserError
 from megatron_vlm.models.initialize import initialize
 from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
@@ -45,7 +46,7 @@ from megatron_vlm.planning.vision_limits import encoder_patches, window_features
 from megatron_vlm.platform import World, detect_world, seed_step, start_distributed, stop
 from megatron_vlm.platform.memory import device_bytes, release_unused
 from megatron_vlm.platform.peak import peak_tflops
-from megatron_vlm.resilience import attempts, heartbeat
+from megatron_vlm.resilience import attempts, events, heartbeat
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
 from megatron_vlm.training.chat import chat_template
@@ -136,8 +137,7 @@ class Run:
         self.view = rank_view(topology, share_out(config, topology.layout, cost))
         self._tokenizer = data.stream.sources[0].samples.index.tokenizer_path.read_text()
         self._stream = data_stream(config, data)
-        start, with_optimizer = find_start(config, self._stream, self._tokenizer)
-        self.progress = self._restore(start, with_optimizer)
+        start, self.progress = self._start()
         template = chat_template(config, data, start)
         self.checkpointer = Checkpointer(config, self._tokenizer, template, self._stream)
         self._step_started = self._waited = 0.0
@@ -383,12 +383,22 @@ class Run:
             prefetch_steps=self.config.data.prefetch_steps,
         )
 
-    def _restore(self, start: Path | None, with_optimizer: bool) -> Progress:
-        if start is None:
-            return Progress()
-        progress = load_run(start, self.trainable, self.config, with_optimizer)
-        self.trainable.steps = progress.optimizer_steps
-        return progress
+    def _start(self) -> tuple[Path | None, Progress]:
+        """Load what the run starts from, if anything; its place, and where it then stands."""
+        while True:
+            try:
+                start, with_optimizer = find_start(self.config, self._stream, self._tokenizer)
+                if start is None:
+                    return None, Progress()
+                progress = load_run(start, self.trainable, self.config, with_optimizer)
+            except DamagedCheckpoint as error:
+                done = fall_back(self.config, error)
+                if self.is_main:
+                    logger.warning("%s", done)
+                    events.tell(self.run_dir, "damaged checkpoint", what=done)
+                continue
+            self.trainable.steps = progress.optimizer_steps
+            return start, progress
 
     def _reference(self, objective: Objective) -> VisionLanguageModel | None:
         """The starting model, frozen: from `checkpoint.load`, else from the seed."""

@@ -16,10 +16,12 @@ from megatron_vlm.checkpoint.folder import digest, find_checkpoint, list_iterati
 from megatron_vlm.checkpoint.verify import verify_files, verify_index
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.platform import World, start_distributed, stop
+from megatron_vlm.resilience import events
 from tests.ranks import RankFailed, run_ranks
 from tests.training_case import recipe, train_case
 
 FP32 = "training.precision=fp32"
+NO_OTHER = (FP32, "checkpoint.fall_back=false")
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,25 @@ def test_damaged_checkpoint_ends_every_rank(damaged: Path, nano_data: Path) -> N
     content = bytearray(file.read_bytes())
     content[-10] ^= 255
     file.write_bytes(content)
-    with pytest.raises(RankFailed, match=r"CheckpointError.*does not match the manifest"):
-        train_case(recipe(nano_data, damaged, FP32), 2, timeout=60)
+    with pytest.raises(RankFailed, match=r"DamagedCheckpoint.*does not match the manifest"):
+        train_case(recipe(nano_data, damaged, *NO_OTHER), 2, timeout=60)
     assert list_iterations(damaged / "checkpoints") == [1, 2]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["*.distcp", "state.json", ".metadata"])
+def test_the_one_before_a_damaged_checkpoint_is_taken(
+    name: str, damaged: Path, nano_data: Path
+) -> None:
+    file = sorted(_newest(damaged).glob(name))[-1]
+    file.write_bytes(file.read_bytes()[:-10])
+    whole = [json.loads(line) for line in (damaged / "metrics.jsonl").read_text().splitlines()]
+    rest = train_case(recipe(nano_data, damaged, FP32, "training.train_iters=2"), 2)
+    assert rest.losses == [whole[1]["lm_loss"]]
+    assert (damaged / "checkpoints" / "damaged-iter_0000002").is_dir()
+    assert list_iterations(damaged / "checkpoints") == [1, 2]
+    (told,) = [e for e in events.read(damaged) if e["event"] == "damaged checkpoint"]
+    assert file.name in told["what"] and "the one before it is taken" in told["what"]
 
 
 @pytest.mark.distributed
@@ -227,7 +245,7 @@ def test_lost_checkpoint_is_not_overwritten(damaged: Path, nano_data: Path) -> N
 def test_damage_tells_the_way_back(damaged: Path, nano_data: Path) -> None:
     (_newest(damaged) / "common.pt").unlink()
     with pytest.raises(RankFailed, match="also here: iteration 1; to go back to one, write"):
-        train_case(recipe(nano_data, damaged, FP32), 1, timeout=60)
+        train_case(recipe(nano_data, damaged, *NO_OTHER), 1, timeout=60)
 
 
 def _rewrite(checkpoint: Path, name: str, text: str) -> None:
@@ -275,7 +293,7 @@ def test_state_of_another_kind_ends_every_rank(
     """Rank 0 alone reads it: the other must not wait for it."""
     (_newest(damaged) / "state.json").write_text(content)
     with pytest.raises(RankFailed, match=message):
-        train_case(recipe(nano_data, damaged, FP32), 2, timeout=60)
+        train_case(recipe(nano_data, damaged, *NO_OTHER), 2, timeout=60)
 
 
 def _write_twice_and_die(world: World, root: Path) -> str:

@@ -118,9 +118,29 @@ def test_killed_while_saving(job: Job, undisturbed: Result) -> None:
 
 
 def test_an_error_that_comes_again_ends_the_job(job: Job) -> None:
-    """The flag file cannot be made, so the fault comes at every start."""
-    job.sent(fault="raise 0 3")
-    job.until_event("rank died")
+    job.sent(fault="raise 0 13")
+    job.until(lambda: job.state() == "FAILED", 90, "end of the job")
+    assert len(job.events("attempt")) == 3
+    ended = job.events("ended")[-1]
+    assert ended["outcome"] == "gave up"
+    assert "the same error 3 times at step 13 (rank 0" in ended["why"]
+    assert "RuntimeError: a fault of the code itself" in ended["why"]
+    output = (job.run_dir / f"logs/slurm-{job.number}.out").read_text()
+    assert ended["why"] in output.splitlines()[-1]
+
+
+def test_the_newest_checkpoint_is_damaged(job: Job, undisturbed: Result) -> None:
+    job.sent().until_step(24)
+    newest = job.run_dir / "checkpoints" / "iter_0000020"
+    file = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+    job.process(rank=1).kill()
+    job.until_training_again(time.time(), 30)
+    assert job.events("training")[1]["step"] == 11
+    job.until_finished()
+    job.result().assert_equal(undisturbed)
 
 
 def test_a_bad_recipe_is_not_sent(job: Job, cluster: Any) -> None:

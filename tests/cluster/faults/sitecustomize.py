@@ -1,9 +1,9 @@
-"""Breaks a rank once, where a test says so in MVLM_TEST_FAULT: `KIND RANK STEP FLAG`.
+"""Breaks a rank where a test says so in MVLM_TEST_FAULT: `KIND RANK STEP FLAG`.
 
 Python imports this module at its start when the folder is on PYTHONPATH, so the program under test
-knows nothing of it. FLAG is a file: the rank that breaks makes it, and no rank breaks once it is
-there. Ranks are forked from a process that has imported everything, so what breaks them is put in
-place after the fork.
+knows nothing of it. FLAG is a file: the rank that breaks makes it, and most faults do not happen
+once it is there. Ranks are forked from a process that has imported everything, so what breaks them
+is put in place after the fork.
 """
 
 import os
@@ -24,7 +24,7 @@ def _break_rank():
     def enter_and_break(phase, number=None):
         enter(phase, number)
         if _due(phase, number):
-            open(flag, "x").close()
+            open(flag, "a").close()
             _KINDS[kind]()
 
     at = {"step": 0}
@@ -32,8 +32,8 @@ def _break_rank():
     def _due(phase, number):
         at["step"] = at["step"] if number is None else number
         reached = at["step"] >= int(step) if kind == "slow" else at["step"] == int(step)
-        here = os.environ.get("RANK") == rank and reached
-        return here and phase == _PHASES[kind] and not os.path.exists(flag)
+        here = os.environ.get("RANK") == rank and reached and phase == _PHASES[kind]
+        return here and (kind in _EVERY_TIME or not os.path.exists(flag))
 
     heartbeat.enter = enter_and_break
 
@@ -57,8 +57,6 @@ def _die_while_saving():
 
 
 def _slow():
-    # From here on, and so the flag is not for this one.
-    os.unlink(_FAULT.split()[3])
     time.sleep(1.0)
 
 
@@ -80,6 +78,8 @@ _PHASES = {
     "raise": "optimizer",
     "slow": "optimizer",
 }
+
+_EVERY_TIME = {"slow", "raise"}
 
 if _FAULT:
     os.register_at_fork(after_in_child=_break_rank)
