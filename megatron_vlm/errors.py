@@ -25,6 +25,10 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint whose files are not as they were written."""
 
 
+class CheckpointNotSaved(CheckpointError):
+    """A checkpoint that could not be written; older ones are untouched."""
+
+
 class ConversionError(UserError):
     """Weights or a config.json that have no exact counterpart on the other side."""
 

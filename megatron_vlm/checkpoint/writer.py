@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlm.checkpoint import folder
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.errors import CheckpointError, CheckpointNotSaved
 from megatron_vlm.platform.results_queue import start_results_queue
 from megatron_vlm.resilience import attempts
 
@@ -55,8 +55,8 @@ class CheckpointWriter:
         Synchronous: whole on disk when this returns. Asynchronous: `poll` finishes it later.
 
         Raises:
-            CheckpointError: on every rank, when any could not write; nothing half-written is left
-                under a name that is ever read.
+            CheckpointNotSaved: on every rank, when any could not write; nothing half-written is
+                left under a name that is ever read.
         """
         self.wait()
         path = folder.incomplete_path(self._root, iteration)
@@ -113,7 +113,7 @@ class CheckpointWriter:
             dist.barrier()
             rank, text = next(iter(found.items()))
             free = shutil.disk_usage(self._root).free // 2**20
-            raise CheckpointError(
+            raise CheckpointNotSaved(
                 f"{self._root / folder.checkpoint_name(iteration)}: could not be saved on rank "
                 f"{rank} ({text}; {free} MiB are free there); free space or choose another "
                 "run_dir, older checkpoints are untouched"

@@ -36,7 +36,7 @@ from megatron_vlm.engine.objective import Objective, build_objective
 from megatron_vlm.engine.routers import update_bias
 from megatron_vlm.engine.step import StepResult, TrainStep
 from megatron_vlm.engine.trainable import make_trainable
-from megatron_vlm.errors import DamagedCheckpoint, UserError
+from megatron_vlm.errors import CheckpointNotSaved, DamagedCheckpoint, UserError
 from megatron_vlm.models.initialize import initialize
 from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
@@ -206,9 +206,9 @@ class Run:
                     bar.advance(metrics["step_time_s"])
                     if on_step is not None:
                         on_step(metrics)
-                    self.checkpointer.poll()
-                    if self._due(config.checkpoint.save_interval):
-                        self._save()
+                    self._attempt(self.checkpointer.poll)
+                    due = self._due(config.checkpoint.save_interval)
+                    if due and self._attempt(self._save):
                         saved_at = progress.iteration
             # Inside, since signals come more than once: a second one must not end the save.
             if saved_at != progress.iteration:
@@ -225,6 +225,20 @@ class Run:
                 attempts.mark_finished(self.run_dir, progress.iteration)
             self._farewell(asked and progress.iteration < total, ended, started_at)
         return progress
+
+    def _attempt(self, save: Callable[[], None]) -> bool:
+        """Save, or finish an asynchronous save; whether that went well.
+
+        A full disk does not end a run: there may be room for the next checkpoint.
+        """
+        try:
+            save()
+        except CheckpointNotSaved as error:
+            if self.is_main:
+                logger.warning("%s; training goes on without it", error)
+                events.tell(self.run_dir, "not saved", what=str(error))
+            return False
+        return True
 
     def _save(self) -> None:
         heartbeat.enter("save")

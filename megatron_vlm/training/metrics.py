@@ -31,37 +31,52 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, iteration: int) -> None:
         self._path = run_dir / "metrics.jsonl"
         self.failed: str | None = None
-        """Why a step could not be written, if one could not."""
+        """Why what is written last could not be, if so; it is tried again with the next step."""
         self._cut(iteration)
-        self._stream = open(self._path, "a")
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._waiting = b""
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=iteration + 1)
+        self._board_failed = False
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Write one step; `iteration` is its number.
 
-        A full disk costs the numbers, not the run: it is logged, and the next checkpoint, which
-        every rank takes part in, stops the run if the disk is still full.
+        A full disk does not end a run: what cannot be written waits for room, in metrics.jsonl;
+        TensorBoard goes without.
         """
+        self._waiting += json.dumps(metrics).encode() + b"\n"
+        self._write_waiting()
         try:
-            self._write(metrics)
+            self._write_board(metrics)
         except OSError as error:
-            self.failed = str(error)
-            logger.warning("%s: metrics of a step are lost (%s)", self._path, error)
+            if not self._board_failed:
+                logger.warning("TensorBoard: steps from now on may be missing (%s)", error)
+            self._board_failed = True
 
-    def _write(self, metrics: dict[str, Any]) -> None:
-        step = int(metrics["iteration"])
-        self._stream.write(json.dumps(metrics) + "\n")
-        self._stream.flush()
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                # As much of it as there is room for; the rest of a line follows later.
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        except OSError as error:
+            if self.failed is None:
+                logger.warning("%s: waits for room on the disk (%s)", self._path, error)
+            self.failed = str(error)
+        else:
+            self.failed = None
+
+    def _write_board(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
             # The older form, though it is float32: of the newer one TensorBoard's EventAccumulator
             # keeps the steps that a resumed run has taken back.
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name, value, int(metrics["iteration"]))
         self._board.flush()
 
     def close(self) -> None:
         """Flush and close both."""
-        if self.failed is None:
-            self._stream.close()
+        self._write_waiting()
+        os.close(self._file)
+        if not self._board_failed:
             self._board.close()
 
     def _cut(self, iteration: int) -> None:

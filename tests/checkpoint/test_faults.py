@@ -346,11 +346,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("async_save", ["false", "true"])
 def test_full_disk_while_saving(small_disk: Path, nano_data: Path, async_save: str) -> None:
-    """Both ranks leave with one clear error; older checkpoints stay, the newer leaves no trace."""
+    """Training goes on to its end, where both ranks leave with one clear error; older checkpoints
+    stay, the newer leave no trace."""
     words = (FP32, "training.train_iters=4", "checkpoint.save_interval=1")
     config = recipe(nano_data, small_disk, *words, f"checkpoint.async_save={async_save}")
     with pytest.raises(RankFailed, match=r"could not be saved on rank \d .*free space"):
         train_case(config, 2, timeout=120)
+    lines = (small_disk / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
+    not_saved = [e["what"] for e in events.read(small_disk) if e["event"] == "not saved"]
+    assert len(not_saved) >= 2 and all("free space" in what for what in not_saved)
     root = small_disk / "checkpoints"
     whole = list_iterations(root)
     assert whole and whole == list(range(1, whole[-1] + 1))

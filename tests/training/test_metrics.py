@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,28 @@ def test_both_hold_the_same(tmp_path: Path) -> None:
     lines = _lines(tmp_path)
     assert repr(lines) == repr([_metrics(i) for i in range(1, 11)])
     _same(tmp_path)
+
+
+def test_a_full_disk_keeps_lines_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, write = [150], os.write
+
+    def full(file: int, content: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = write(file, content[: room[0]])
+        room[0] -= done
+        return done
+
+    monkeypatch.setattr(os, "write", full)
+    writer = MetricsWriter(tmp_path, 0)
+    for iteration in (1, 2, 3):
+        writer.write(_metrics(iteration))
+    assert "No space" in str(writer.failed)
+    room[0] = 10**6
+    writer.write(_metrics(4))
+    assert writer.failed is None
+    writer.close()
+    assert repr(_lines(tmp_path)) == repr([_metrics(i) for i in range(1, 5)])
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
