@@ -23,7 +23,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 .PHONY: help setup demo test test-all lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install everything, once
 
@@ -50,10 +50,14 @@ demo: setup ## train and check a tiny model on this machine
 	$(BIN)/mvlm demo
 
 test: lint ## lint and the tests for every commit
-	$(PYTEST) $(PARALLEL) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow and not cluster"
+
+test-cluster: setup ## faults on a real Slurm cluster of namespaces; needs root and Slurm
+	$(PYTEST) -m cluster
 
 test-all: lint ## lint and every test
-	$(PYTEST) $(PARALLEL)
+	$(PYTEST) $(PARALLEL) -m "not cluster"
+	$(PYTEST) -m cluster
 
 lint: setup ## check style, types and who imports whom
 	$(BIN)/ruff check

@@ -8,6 +8,9 @@ HELP = """The agent of one node of a supervised run; `mvlm supervise` starts it 
 
 It finds its supervisor in MVLM_SUPERVISOR (host:port) and proves itself with
 MVLM_SUPERVISOR_SECRET. It ends when it is dismissed, or when nobody has answered for a while.
+
+example:
+  MVLM_SUPERVISOR=node1:40000 MVLM_SUPERVISOR_SECRET=... mvlm agent
 """
 
 

@@ -81,29 +81,3 @@ def culprits(beats: Mapping[int, Beat]) -> tuple[tuple[int, ...], str]:
         if others and count < len(told) / 2 and (len(others) < 2 or others[0][1] > count):
             return tuple(r for r, place in zip(beats, key, strict=True) if place == odd), what
     return (), "all ranks wait, and none in another place than most"
-
-
-class Stragglers:
-    """Ranks whose own work takes longer than their peers', step after step.
-
-    Only work counts, not waiting: who waits is not slow.
-    """
-
-    def __init__(self, ratio: float, steps: int) -> None:
-        """Slow is above `ratio` times the median, in each of `steps` steps in a row."""
-        self._ratio, self._steps = ratio, steps
-        self._in_a_row: Counter[int] = Counter()
-
-    def look(self, work_seconds: Mapping[int, float]) -> list[int]:
-        """Take one step's seconds of work by rank; the ranks that have just become stragglers."""
-        ordered = sorted(work_seconds.values())
-        median = ordered[len(ordered) // 2]
-        found = []
-        for rank, seconds in work_seconds.items():
-            if seconds <= self._ratio * median:
-                self._in_a_row[rank] = 0
-                continue
-            self._in_a_row[rank] += 1
-            if self._in_a_row[rank] == self._steps:
-                found.append(rank)
-        return found

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from megatron_vlm.config.schema import ResilienceConfig
-from megatron_vlm.resilience import attempts, events
+from megatron_vlm.resilience import attempts, events, slurm
 from megatron_vlm.resilience.hangs import Beat, Hang, find_hang
 from megatron_vlm.resilience.policy import Failure, RestartPolicy, signature
 from megatron_vlm.resilience.protocol import ADDRESS, SECRET, Line, listen
@@ -203,13 +203,18 @@ class Supervisor:
             if decision.give_up is not None:
                 return Outcome("gave up", decision.give_up)
             for node in set(decision.avoid) - self._avoided:
-                self._avoided.add(node)
-                self._tell("node avoided", node=node, reason=f"repeated faults: {outcome.cause}")
+                await self._avoid(node, f"mvlm: repeated faults, the last: {outcome.cause}")
             self._restarts += 1
             self._tell("restart", number=self._restarts, wait=decision.wait)
             waited_until = time.monotonic() + decision.wait
             while time.monotonic() < waited_until and self._stop_signal is None:
                 await self._sleep(waited_until - time.monotonic())
+
+    async def _avoid(self, node: str, reason: str) -> None:
+        """Keep off a node, and have Slurm give it no more work where this user may ask for that."""
+        self._avoided.add(node)
+        drained = self._job is not None and await asyncio.to_thread(slurm.drain, node, reason)
+        self._tell("node avoided", node=node, reason=reason, drained=drained)
 
     async def _choose(self) -> list[Node] | Outcome:
         """Nodes for the next attempt; those of the last one that are still good come first."""

@@ -46,10 +46,17 @@ def cluster(shared: Path) -> Iterator[Any]:
         simulator._check_machine()
     except simulator.ClusterError as error:
         pytest.skip(f"needs Slurm and root: {error}")
+    # Before the nodes: mounts made later do not reach them.
+    small = shared / "small_disk"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", small], check=True)
     found = simulator.Cluster(shared / "slurm")
-    found.start(4, keep=[REPOSITORY, Path(sys.prefix)])
-    yield found
-    found.stop()
+    try:
+        found.start(4, keep=[REPOSITORY, Path(sys.prefix)])
+        yield found
+        found.stop()
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -48,9 +48,14 @@ class Job:
 
     def __init__(self, cluster: Any, data: Path, run_dir: Path, *more: str) -> None:
         """Nothing is sent yet; `more` overrides the recipe."""
-        self.cluster, self.run_dir = cluster, run_dir
-        self.words = words(data, run_dir, *more)
+        self.cluster, self._data, self._more = cluster, data, more
         self.number = ""
+        self.move_to(run_dir)
+
+    def move_to(self, run_dir: Path) -> None:
+        """Have it run in another folder; before it is sent."""
+        self.run_dir = run_dir
+        self.words = words(self._data, run_dir, *self._more)
 
     def submit(
         self, *options: str, fault: str = "", nodes: int = NODES, spares: int = SPARES
@@ -121,6 +126,7 @@ class Job:
 
         # Twice the bound, so that a failure tells how long it took.
         took = float(self.until(again, 2 * seconds, "training after the fault"))
+        print(f"training again after {took:.1f} s")
         assert took <= seconds, f"training again after {took:.1f} s, not {seconds:.0f}"
         return took
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,25 @@ def test_the_newest_checkpoint_is_damaged(job: Job, undisturbed: Result) -> None
     job.until_training_again(time.time(), 30)
     assert job.events("training")[1]["step"] == 11
     job.until_finished()
+    job.result().assert_equal(undisturbed)
+
+
+def test_the_disk_is_full(job: Job, undisturbed: Result, shared: Path) -> None:
+    """From before one checkpoint of the interval until after the next."""
+    small = shared / "small_disk"
+    job.move_to(small / "run")
+    job.sent().until_step(14)
+    with open(small / "filler", "wb", buffering=0) as filler:
+        while True:
+            try:
+                filler.write(bytes(1 << 16))
+            except OSError:
+                break
+        job.until_event("not saved")
+        (small / "filler").unlink()
+    job.until_finished()
+    assert len(job.events("attempt")) == 1
+    assert "free space" in job.events("not saved")[0]["what"]
     job.result().assert_equal(undisturbed)
 
 

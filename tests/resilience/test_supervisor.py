@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 
 ENTRY = "tests.resilience.pretender:main"
 SETTINGS = ResilienceConfig(
-    beat_s=0.1, node_timeout_s=2.0, hang_timeout_s=2.0, start_timeout_s=20.0, max_restarts=3
+    beat_s=0.1, node_timeout_s=5.0, hang_timeout_s=3.0, start_timeout_s=30.0, max_restarts=8
 )
 
 
