@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ class Progress:
     """Steps skipped since the last one that was taken."""
     failed_samples: int = 0
     """Source samples that could not be read and were left blank."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the newest steps that were taken, for `guard`."""
+    iterations_to_skip: list[int] = field(default_factory=list)
+    """Which spikes have made the run pass over, on top of the configuration's."""
+    rollbacks: int = 0
+    """Times that the run was set back."""
     cursor: dict[str, Any] | None = None
     """Where the next row comes from (`data.stream.Cursor`); null before the first."""
 
@@ -116,6 +122,10 @@ class Checkpointer:
             },
         }
         self._writer.write(progress.iteration, tensors, state, self._texts)
+
+    def wait(self) -> None:
+        """Finish an asynchronous save, waiting for it; collective."""
+        self._writer.wait()
 
     def poll(self) -> None:
         """Finish an asynchronous save that is done; collective."""

@@ -116,6 +116,8 @@ class TrainingConfig(Section):
     """Parts whose weights stay as they are."""
     skip_non_finite_limit: int = Field(10, ge=0)
     """Non-finite steps in a row that are skipped before the run stops with an error."""
+    iterations_to_skip: list[int] = []
+    """Iterations whose data are passed over: no forward, no backward, no step of the optimizer."""
     log_interval: int = Field(1, gt=0)
     """Steps between log lines; metrics are written every step."""
     stage: str | None = None
@@ -332,6 +334,25 @@ class CheckpointConfig(Section):
     """Refuse to go on from weights that were trained with another tokenizer than data.train's."""
 
 
+class GuardConfig(Section):
+    """What is done when the loss suddenly rises. Values are our choice."""
+
+    spike_deviations: float | None = Field(None, gt=0)
+    """A loss this many standard deviations (estimated from the median distance) above the median of
+    `spike_window` is a spike; null: none is."""
+    spike_window: int = Field(64, ge=2)
+    """Steps before it that a loss is compared with."""
+    spike_policy: Literal["warn", "skip", "rollback"] = "warn"
+    """Tell it; leave weights as they were before the step; or go back to the newest checkpoint and
+    pass over the spike's data this time."""
+    spike_skip_before: int = Field(0, ge=0)
+    """Steps before the spike that are passed over too after a rollback."""
+    spike_skip_after: int = Field(0, ge=0)
+    """Steps after it, likewise."""
+    max_rollbacks: int = Field(10, ge=0)
+    """Of one run; one more ends it with an error."""
+
+
 class ResilienceConfig(Section):
     """When a supervised run (`mvlm submit`, `mvlm supervise`) has failed, and what is done then."""
 
@@ -379,5 +400,7 @@ class RunConfig(Section):
     """Data sets and packing."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and loading."""
+    guard: GuardConfig = GuardConfig()
+    """Loss spikes."""
     resilience: ResilienceConfig = ResilienceConfig()
     """Watching and restarting."""

@@ -67,6 +67,11 @@ class StepBar:
                 self._task, advance=1, rate=f"{1 / max(step_seconds, 1e-9):.2f} steps/s"
             )
 
+    def set_back(self, done: int) -> None:
+        """The run stands at an earlier step again."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -38,14 +37,12 @@ from megatron_vlm.engine.step import StepResult, TrainStep
 from megatron_vlm.engine.trainable import make_trainable
 from megatron_vlm.errors import CheckpointNotSaved, DamagedCheckpoint, UserError
 from megatron_vlm.models.initialize import initialize
-from megatron_vlm.models.language.engine_config import parameter_dtype
 from megatron_vlm.models.vlm import VisionLanguageModel, build_model
 from megatron_vlm.planning.activations import Device
 from megatron_vlm.planning.step_memory import StepMemoryModel, device_memory
 from megatron_vlm.planning.vision_limits import encoder_patches, window_features
 from megatron_vlm.platform import World, detect_world, seed_step, start_distributed, stop
 from megatron_vlm.platform.memory import device_bytes, release_unused
-from megatron_vlm.platform.peak import peak_tflops
 from megatron_vlm.resilience import attempts, events, heartbeat
 from megatron_vlm.topology.layout import Layout, resolve_layout
 from megatron_vlm.topology.mesh import Topology, build_topology, destroy_topology
@@ -61,19 +58,18 @@ from megatron_vlm.training.datasets import (
 from megatron_vlm.training.encoder_cost import given_cost, settled_cost
 from megatron_vlm.training.encoder_memory import encoder_budget
 from megatron_vlm.training.feed import agreed, open_loader, rank_view, share_out
+from megatron_vlm.training.guard import Guard, judged_loss, window_around
 from megatron_vlm.training.held_out import validate
+from megatron_vlm.training.meter import StepMeter
 from megatron_vlm.training.metrics import (
     MetricsWriter,
     log_line,
-    model_flops,
     validation_line,
-    vision_imbalance,
 )
 from megatron_vlm.training.schedule import learning_rate
 from megatron_vlm.training.signals import StopRequest
 from megatron_vlm.training.timelines import align_clocks, record_timeline
 
-_GIB = 1 << 30
 _RELEASE_INTERVAL = 25
 """Steps between returns of unused host memory: it takes 20 ms then."""
 
@@ -126,6 +122,7 @@ class Run:
         self.decoder = choose_decoder(config.data.decoder, topology.device)
         self.run_dir = Path(config.run_dir)
         self.is_main = topology.rank == 0
+        self.guard = Guard(config.guard, self.run_dir, self.is_main, self._anyone)
         self._lock = hold_run_dir(config)
         open_logs(self.run_dir, topology.rank)
         seed_step(config.training.seed, 0)
@@ -138,6 +135,7 @@ class Run:
         self._tokenizer = data.stream.sources[0].samples.index.tokenizer_path.read_text()
         self._stream = data_stream(config, data)
         start, self.progress = self._start()
+        self._saved_at = self.progress.iteration
         template = chat_template(config, data, start)
         self.checkpointer = Checkpointer(config, self._tokenizer, template, self._stream)
         self._step_started = self._waited = 0.0
@@ -155,10 +153,7 @@ class Run:
             encoder_budget=encoder_budget(config, self._device),
             window_features=window_features(config, topology.layout),
         )
-        precision = config.training.precision
-        self._peak = peak_tflops(
-            topology.device, parameter_dtype(precision), fp8=precision.startswith("fp8")
-        )
+        self._meter = StepMeter(config, topology, self.step.clock)
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> Progress:
         """Step to `train_iters` or until asked to stop, then save.
@@ -166,57 +161,20 @@ class Run:
         Args:
             on_step: called with every step's metrics, on every rank.
         """
-        config, progress = self.config, self.progress
-        total = config.training.train_iters
+        started_at = self.progress.iteration
         self._announce()
-        writer = MetricsWriter(self.run_dir, progress.iteration) if self.is_main else None
-        saved_at = progress.iteration
-        started_at = progress.iteration
-        asked = ended = False
         with StopRequest() as request, _short_collections():
-            with (
-                StepBar(progress.iteration, total, self.is_main) as bar,
-                self._loader() as loader,
-            ):
-                while progress.iteration < total and not asked and not ended:
-                    loaded = self._next(loader)
-                    if loaded is None:  # resumed where the data had ended already
-                        ended = True
-                        break
-                    metrics = self._one_step(loaded)
-                    ended = loaded.is_last
-                    asked = self._anyone(request.received is not None)
-                    ends = ended or progress.iteration == total
-                    # Who sends a signal may kill soon after: what counts then is the save.
-                    validated: dict[str, float] = {}
-                    if (ends or self._due(config.training.eval_interval)) and not asked:
-                        validated = self._validate()
-                        metrics |= validated
-                    if writer is not None:
-                        attempts.check_ours(self.run_dir)
-                        writer.write(metrics)
-                        if progress.iteration % config.training.log_interval == 0:
-                            world = self.topology.layout.world_size
-                            logger.info(log_line(metrics, total, world))
-                        if validated:
-                            logger.info(validation_line(progress.iteration, validated))
-                    on_cpu = self.topology.device.type == "cpu"
-                    if on_cpu and progress.iteration % _RELEASE_INTERVAL == 0:
-                        release_unused()
-                    bar.advance(metrics["step_time_s"])
-                    if on_step is not None:
-                        on_step(metrics)
-                    self._attempt(self.checkpointer.poll)
-                    due = self._due(config.checkpoint.save_interval)
-                    if due and self._attempt(self._save):
-                        saved_at = progress.iteration
+            with StepBar(started_at, self.config.training.train_iters, self.is_main) as bar:
+                while (left := self._stretch(request, bar, on_step)) is None:
+                    self._set_back()
+                    bar.set_back(self.progress.iteration)
             # Inside, since signals come more than once: a second one must not end the save.
-            if saved_at != progress.iteration:
+            if self._saved_at != self.progress.iteration:
                 self._save()
             heartbeat.enter("save")
             self.checkpointer.close()
-        if writer is not None:
-            writer.close()
+        asked, ended = left
+        progress, total = self.progress, self.config.training.train_iters
         if self._lock is not None:
             self._lock.release()
         self.interrupted = request.received == signal.SIGINT
@@ -225,6 +183,77 @@ class Run:
                 attempts.mark_finished(self.run_dir, progress.iteration)
             self._farewell(asked and progress.iteration < total, ended, started_at)
         return progress
+
+    def _stretch(
+        self, request: StopRequest, bar: StepBar, on_step: Callable[[dict[str, Any]], None] | None
+    ) -> tuple[bool, bool] | None:
+        """Step until the run ends: whether it was asked to, and whether the data have ended.
+
+        Null where it is to be set back first.
+        """
+        config = self.config
+        total = config.training.train_iters
+        writer = MetricsWriter(self.run_dir, self.progress.iteration) if self.is_main else None
+        asked = ended = False
+        try:
+            with self._loader() as loader:
+                while self.progress.iteration < total and not asked and not ended:
+                    loaded = self._next(loader)
+                    if loaded is None:  # resumed where the data had ended already
+                        return asked, True
+                    metrics = self._one_step(loaded)
+                    if metrics is None:
+                        return None
+                    ended = loaded.is_last
+                    asked = self._anyone(request.received is not None)
+                    ends = ended or self.progress.iteration == total
+                    # Who sends a signal may kill soon after: what counts then is the save.
+                    validated: dict[str, float] = {}
+                    if (ends or self._due(config.training.eval_interval)) and not asked:
+                        validated = self._validate()
+                        metrics |= validated
+                    if writer is not None:
+                        self._report(writer, metrics, validated)
+                    on_cpu = self.topology.device.type == "cpu"
+                    if on_cpu and self.progress.iteration % _RELEASE_INTERVAL == 0:
+                        release_unused()
+                    bar.advance(metrics["step_time_s"])
+                    if on_step is not None:
+                        on_step(metrics)
+                    self._attempt(self.checkpointer.poll)
+                    due = self._due(config.checkpoint.save_interval)
+                    if due and self._attempt(self._save):
+                        self._saved_at = self.progress.iteration
+        finally:
+            if writer is not None:
+                writer.close()
+        return asked, ended
+
+    def _report(
+        self, writer: MetricsWriter, metrics: dict[str, Any], validated: dict[str, float]
+    ) -> None:
+        attempts.check_ours(self.run_dir)
+        writer.write(metrics)
+        training = self.config.training
+        if self.progress.iteration % training.log_interval == 0:
+            world = self.topology.layout.world_size
+            logger.info(log_line(metrics, training.train_iters, world))
+        if validated:
+            logger.info(validation_line(self.progress.iteration, validated))
+
+    def _set_back(self) -> None:
+        """Go back to the newest checkpoint, to pass over the data of a spike from there on."""
+        spike, before = self.progress.iteration + 1, self.progress
+        self.checkpointer.wait()
+        _, self.progress = self._start()
+        skipped = set(before.iterations_to_skip) | set(window_around(spike, self.config.guard))
+        self.progress.iterations_to_skip = sorted(skipped)
+        self.progress.rollbacks = before.rollbacks + 1
+        self._saved_at = self.progress.iteration
+        if self.is_main:
+            done = self.progress.iteration
+            logger.warning("loss spike at iteration %d: back to iteration %d", spike, done)
+            events.tell(self.run_dir, "rolled back", spike=spike, to=done, skips=sorted(skipped))
 
     def _attempt(self, save: Callable[[], None]) -> bool:
         """Save, or finish an asynchronous save; whether that went well.
@@ -280,22 +309,41 @@ class Run:
             self._memory_model.refuse_beyond(self._device_memory, loaded.plan, iteration)
         return agreed(loaded, self.config, self.data, self.topology)
 
-    def _one_step(self, loaded: LoadedStep) -> dict[str, Any]:
+    def _one_step(self, loaded: LoadedStep) -> dict[str, Any] | None:
+        """Its metrics; null where the run is to be set back instead."""
         config, progress = self.config, self.progress
         iteration = progress.iteration + 1
         seed_step(config.training.seed, iteration)
         rate = learning_rate(config, iteration)
+        passed_over = {*config.training.iterations_to_skip, *progress.iterations_to_skip}
+        if iteration in passed_over:
+            self.step.clock.start_step()
+            self._advance(loaded, taken=False)
+            return self._measured(loaded, None, math.nan, rate)
         recorded = self._due(config.training.timeline_interval, iteration)
         ahead = align_clocks(self.topology) if recorded else 0.0
         self.trainable.optimizer.zero_grad()
         result = self.step.train(loaded)
-        with self.step.clock.span("optimizer"):
-            norm = self._update(result, rate)
-        self._advance(loaded, norm)
-        elapsed = time.perf_counter() - self._step_started
+        verdict = self.guard.judge(result.losses, progress)
+        if verdict == "rollback":
+            return None
+        if verdict == "skip":
+            norm = math.nan
+            self._advance(loaded, taken=False)
+        else:
+            with self.step.clock.span("optimizer"):
+                norm = self._update(result, rate)
+            self._count(loaded, result, norm)
+        metrics = self._measured(loaded, result, norm, rate)
         if recorded:
             record_timeline(self.step.clock, ahead, self.topology, self.run_dir, iteration)
-        return self._metrics(loaded, result, norm, rate, elapsed, self._waited)
+        return metrics
+
+    def _measured(
+        self, loaded: LoadedStep, result: StepResult | None, norm: float, rate: float
+    ) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self._step_started
+        return self._meter.of_step(self.progress, loaded, result, norm, rate, elapsed, self._waited)
 
     def _update(self, result: StepResult, rate: float) -> float:
         """Step the optimizer and the router bias, or neither."""
@@ -311,21 +359,24 @@ class Run:
         frozen = "language" in self.config.training.freeze
         return 0.0 if frozen else self.config.model.language.moe_router_bias_update_rate
 
-    def _advance(self, loaded: LoadedStep, norm: float) -> None:
+    def _count(self, loaded: LoadedStep, result: StepResult, norm: float) -> None:
+        """Count a step that was taken if its numbers were finite.
+
+        Raises:
+            UserError: too many in a row were not.
+        """
         progress, limit = self.progress, self.config.training.skip_non_finite_limit
-        progress.iteration += 1
-        progress.cursor = loaded.cursor.as_json()
-        progress.consumed_samples = loaded.cursor.rows
-        progress.consumed_documents += loaded.plan.documents
-        progress.consumed_tokens += loaded.plan.tokens
-        progress.failed_samples += loaded.plan.failed
-        progress.optimizer_steps = self.trainable.steps
-        if math.isfinite(norm):
+        finite = math.isfinite(norm)
+        self._advance(loaded, finite)
+        if finite:
             progress.failures_in_a_row = 0
+            newest = [*progress.recent_losses, judged_loss(result.losses)]
+            progress.recent_losses = newest[-self.config.guard.spike_window :]
             return
-        progress.skipped_iterations += 1
         progress.nan_iterations += 1
         progress.failures_in_a_row += 1
+        if self.is_main:
+            events.tell(self.run_dir, "non-finite step", iteration=progress.iteration)
         if progress.failures_in_a_row > limit:
             raise UserError(
                 f"{progress.failures_in_a_row} steps in a row had a loss or gradient that is not "
@@ -333,52 +384,16 @@ class Run:
                 f"the data from row {progress.consumed_samples}"
             )
 
-    def _metrics(
-        self,
-        loaded: LoadedStep,
-        result: StepResult,
-        norm: float,
-        rate: float,
-        elapsed: float,
-        waited: float,
-    ) -> dict[str, Any]:
-        config, plan, world = self.config, loaded.plan, self.topology.layout.world_size
-        clock = self.step.clock
-        encoding = clock.seconds("encode", "encode_backward")
-        exchanging = clock.seconds("exchange", "exchange_back")
-        slowest = self._largest([elapsed, waited, self._memory(), encoding, exchanging])
-        seconds, data_seconds, memory, encode_seconds, exchange_seconds = slowest
-        tflops = model_flops(plan, config) / seconds / world / 1e12
-        metrics: dict[str, Any] = {
-            "iteration": self.progress.iteration,
-            "consumed_samples": self.progress.consumed_samples,
-            "consumed_documents": self.progress.consumed_documents,
-            "consumed_tokens": self.progress.consumed_tokens,
-            "images": len(plan.pictures),
-            "image_patches": plan.image_patches,
-            **result.losses,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "global_batch_size": config.training.global_batch_size,
-            "step_time_s": seconds,
-            "data_time_s": data_seconds,
-            "encode_time_s": encode_seconds,
-            "exchange_time_s": exchange_seconds,
-            "bubble_time_s": self._mean(clock.waited_seconds()),
-            "tokens_per_second_per_device": plan.tokens / seconds / world,
-            "images_per_second_per_device": len(plan.pictures) / seconds / world,
-            "tflops_per_device": tflops,
-            "mfu": tflops / self._peak,
-            "memory_gib": memory,
-            "vision_imbalance": vision_imbalance(plan, config, world),
-            "skipped_iterations": self.progress.skipped_iterations,
-            "nan_iterations": self.progress.nan_iterations,
-            "failed_samples": self.progress.failed_samples,
-        }
-        if result.load_balancing_loss is not None:
-            metrics["load_balancing_loss"] = result.load_balancing_loss
-            metrics["expert_imbalance"] = result.expert_imbalance
-        return metrics
+    def _advance(self, loaded: LoadedStep, taken: bool) -> None:
+        progress = self.progress
+        progress.iteration += 1
+        progress.cursor = loaded.cursor.as_json()
+        progress.consumed_samples = loaded.cursor.rows
+        progress.consumed_documents += loaded.plan.documents
+        progress.consumed_tokens += loaded.plan.tokens
+        progress.failed_samples += loaded.plan.failed
+        progress.optimizer_steps = self.trainable.steps
+        progress.skipped_iterations += not taken
 
     def _validate(self) -> dict[str, float]:
         if not self.held_out:
@@ -455,23 +470,9 @@ class Run:
         return interval is not None and now % interval == 0
 
     def _anyone(self, mine: bool) -> bool:
-        return self._largest([float(mine)])[0] > 0
-
-    def _largest(self, values: list[float]) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.topology.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.tolist()
-
-    def _mean(self, value: float) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.topology.device)
-        dist.all_reduce(tensor)
-        return float(tensor) / self.topology.layout.world_size
-
-    def _memory(self) -> float:
-        """Peak GiB on the device, or this process's resident memory on a CPU."""
-        if self.topology.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / _GIB
-        return psutil.Process().memory_info().rss / _GIB
+        found = torch.tensor(mine, dtype=torch.int32, device=self.topology.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.job import REPOSITORY, Job, Result, words
+from tests.cluster.job import REPOSITORY, Job, Result, launched
 from tests.nano_data import build_nano_data
 
 
@@ -66,16 +66,7 @@ def cluster_data(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(shared: Path, cluster_data: Path) -> Result:
-    """The same run without Slurm, supervisor or fault."""
-    run_dir = shared / "undisturbed"
-    mvlm = Path(sys.executable).parent / "mvlm"
-    command = [str(mvlm), "launch", *words(cluster_data, run_dir), "--nproc", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return Result(run_dir)
+    return launched(cluster_data, shared / "undisturbed")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.job import STEPS, Job, Result
+from tests.cluster.job import STEPS, Job, Result, launched
 
 pytestmark = pytest.mark.cluster
 
@@ -161,6 +161,23 @@ def test_the_disk_is_full(job: Job, undisturbed: Result, shared: Path) -> None:
     assert len(job.events("attempt")) == 1
     assert "free space" in job.events("not saved")[0]["what"]
     job.result().assert_equal(undisturbed)
+
+
+@pytest.mark.parametrize(("fault", "bad"), [("nan 3 25", "non-finite step"), ("spike -1 25", "")])
+def test_a_step_is_spoiled(
+    fault: str, bad: str, job: Job, cluster_data: Path, shared: Path
+) -> None:
+    """As the run that was told to pass over that step, to the bit."""
+    job.words += ["guard.spike_deviations=20", "guard.spike_policy=rollback"]
+    job.sent(fault=fault).until_finished()
+    if bad:
+        assert [e["iteration"] for e in job.events(bad)] == [25]
+    else:
+        (back,) = job.events("rolled back")
+        assert (back["spike"], back["to"]) == (25, 20)
+    assert len(job.events("attempt")) == 1
+    told = launched(cluster_data, shared / "told", "training.iterations_to_skip=[25]")
+    job.result().assert_equal(told, but=25)
 
 
 def test_a_bad_recipe_is_not_sent(job: Job, cluster: Any) -> None:

@@ -35,7 +35,30 @@ def _break_rank():
         here = os.environ.get("RANK") == rank and reached and phase == _PHASES[kind]
         return here and (kind in _EVERY_TIME or not os.path.exists(flag))
 
+    if kind in _SPOILED:
+        _spoil(_SPOILED[kind], int(rank), int(step))
+        return
     heartbeat.enter = enter_and_break
+
+
+def _spoil(factor, rank, step):
+    """Multiply a rank's losses in one step, and so its gradients; -1: every rank's."""
+    from megatron_vlm.training.loop import Run
+
+    prepare = Run.__init__
+
+    def prepare_and_spoil(run, *args):
+        prepare(run, *args)
+        real = run.objective.losses
+
+        def losses(output, batch):
+            found = real(output, batch)
+            here = rank in (-1, run.topology.rank) and run.progress.iteration + 1 == step
+            return {name: value * factor for name, value in found.items()} if here else found
+
+        run.objective.losses = losses
+
+    Run.__init__ = prepare_and_spoil
 
 
 def _hang_in_a_collective():
@@ -79,6 +102,7 @@ _PHASES = {
     "slow": "optimizer",
 }
 
+_SPOILED = {"nan": float("nan"), "spike": 8.0}
 _EVERY_TIME = {"slow", "raise"}
 
 if _FAULT:
