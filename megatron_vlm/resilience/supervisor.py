@@ -95,7 +95,6 @@ class _Attempt:
     ended: dict[int, Ended] = field(default_factory=dict)
     first_failed_at: float | None = None
     furthest: int = 0
-    stepping_since: float | None = None
 
 
 class Outcome(NamedTuple):
