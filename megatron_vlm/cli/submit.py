@@ -20,7 +20,7 @@ run_dir/slurm/; the job's output is run_dir/logs/slurm-JOB.out, what happens to 
 run_dir/events.jsonl and by mvlm status. A machine without Slurm can try it: docs/slurm.md.
 
 example:
-  mvlm submit demo --nodes 4 --gpus-per-node 8 --spares 1 --time 2-00:00:00 run_dir=runs/first
+  mvlm submit demo --nodes 4 --gpus-per-node 8 --spares 1 training.global_batch_size=128
 """
 
 

@@ -128,10 +128,10 @@ class Agent:
         elif self._template.ready:
             await self._tell("ready")
 
-    async def _on_port(self, attempt: int) -> None:
+    async def _on_port(self) -> None:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            await self._tell("port", attempt=attempt, port=probe.getsockname()[1])
+            await self._tell("port", port=probe.getsockname()[1])
 
     async def _on_start(
         self, attempt: int, ranks: list[dict[str, Any]], arguments: list[str]

@@ -38,10 +38,10 @@ class Pulse(NamedTuple):
     entered: int
     """Phases entered since the start."""
     since: float
-    """When the last one was entered, on the machine's monotonic clock; 0: none was."""
+    """When the last one was entered, on the machine's monotonic clock."""
     phase: str
     looked: float
-    """When its main thread was last looked at, on that clock; 0: never."""
+    """When its main thread was last looked at, on that clock."""
     waits: bool
     """Whether it then waited for other ranks."""
     place: str
@@ -95,8 +95,12 @@ def enter(phase: str, step: int | None = None) -> None:
 
 
 def make_page(path: Path) -> None:
-    """An empty page, for a rank that is about to start."""
-    path.write_bytes(bytes(_SIZE))
+    """A page for a rank that is about to start, as if it had told so."""
+    page = bytearray(_SIZE)
+    now = time.monotonic()
+    _STATE.pack_into(page, 0, 0, 0, now, b"start")
+    _LOOK.pack_into(page, _LOOK_AT, now, False, b"")
+    path.write_bytes(page)
 
 
 def read_page(path: Path) -> Pulse:

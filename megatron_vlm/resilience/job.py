@@ -13,8 +13,10 @@ from pathlib import Path
 from megatron_vlm.config import RunConfig, load_recipe
 from megatron_vlm.errors import ConfigError, TaskFailed
 from megatron_vlm.resilience import attempts, events, slurm
+from megatron_vlm.resilience.attempt import Outcome
+from megatron_vlm.resilience.crew import Program
 from megatron_vlm.resilience.starters import LocalStarter, SrunStarter
-from megatron_vlm.resilience.supervisor import Outcome, Program, Supervisor
+from megatron_vlm.resilience.supervisor import Supervisor
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 _REQUEUE_SECONDS = 60.0

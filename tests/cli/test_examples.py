@@ -32,6 +32,8 @@ def test_examples_run_as_typed(name: str) -> None:
         if words[0] == "torchrun":
             assert words[1] == "--nproc-per-node" and words[3:5] == ["-m", "megatron_vlm"]
             processes, words = int(words[2]), ["mvlm", *words[5:]]
+        while "=" in words[0]:  # variables of the environment
+            words = words[1:]
         assert words[:2] == ["mvlm", name]
         args = _parse(_subcommand_parser(name, module), words[2:])
         if name == "demo":
@@ -39,8 +41,9 @@ def test_examples_run_as_typed(name: str) -> None:
                 demo_config(args.run_dir, args.nproc or count, args.overrides)
         elif hasattr(args, "recipe"):
             config = load_recipe(args.recipe, args.overrides)
-            if getattr(args, "gpus_per_node", None):
-                processes = (args.nodes or 1) * args.gpus_per_node
+            each = getattr(args, "gpus_per_node", None) or getattr(args, "ranks_per_node", None)
+            if each:
+                processes = (args.nodes or 1) * each
             if name != "config":
                 resolve_layout(config, getattr(args, "nproc", None) or processes)
             paths = [source.path for source in config.data.train.values()]
