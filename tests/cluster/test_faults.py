@@ -80,7 +80,9 @@ def test_the_time_is_up(job: Job, undisturbed: Result, cluster: Any) -> None:
 
 def test_preempted(job: Job, undisturbed: Result, cluster: Any) -> None:
     job.sent().until_step(14)
-    cluster.slurm("sbatch", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 3")
+    cluster.slurm(
+        "sbatch", "-p", "urgent", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"
+    )
     asked = job.until_event("asked to stop")
     assert asked["signal"] == "SIGTERM"
     job.until_training_again(time.time(), 90)
